@@ -1,0 +1,700 @@
+"""Quiet-STaR: think before every token, keep what helps (Zelikman et al. 2024, arXiv 2403.09629).
+
+After every position j of a text a thought is sampled, at all positions in parallel; the prediction
+made after the thought is mixed with the one made without it; REINFORCE makes thoughts likelier
+that made the true text likelier.
+
+                       x_1 .. x_j | start  t_1 .. t_K  end  x_{j+1} .. x_{j+A-1}      (one thought)
+    step s                        |   1    2 .. K+1   K+2   K+3  ..  K+A+1
+    rotary position           j   |  j+1              ...              j+K+A+1
+    what its output is for        | t_1 .. t_K   -  x_{j+1}  ..     x_{j+A}
+
+Letters of the shape comments, beside those of model.py (the paper's name in brackets):
+    N    thoughts per position [n_thoughts]
+    K    sampled tokens of a thought, without start and end [t]
+    A    true tokens ahead that a thought is scored on [n_true]
+    J    positions that think: all that have A targets, or any subset
+    P    J * N thoughts of a sequence as rows, the N of a position next to each other
+
+Positions are 0-based here: position j has read ids[:, : j + 1] and predicts ids[:, j + 1].
+"nll" is a negative log-likelihood in nats, "logp" a log-probability in nats.
+
+The file reads bottom-up: config, pure functions (the equations), the module, loading and saving.
+"""
+
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from model import (
+    Cache,
+    Mistral,
+    build_mistral,
+    in_window,
+    load_weights,
+    read_config,
+    read_json,
+    read_tensors,
+    read_weights,
+    save_mistral,
+    write_json,
+    write_tensors,
+)
+
+
+@dataclass(frozen=True)
+class ThoughtConfig:
+    """How a model thinks and what it learns from it. The defaults are the paper's."""
+
+    n_thoughts: int = 2  # N
+    thought_length: int = 9  # K
+    n_true: int = 4  # A
+    start_id: int | None = None  # id of <|startofthought|>; None: outside the vocabulary
+    end_id: int | None = None  # id of <|endofthought|>; None: outside the vocabulary
+    init_id: int | None = None  # token whose embedding both begin as, the em dash; None: random
+    embedding_scale: float = 100.0  # both are stored divided by this: Adam moves them faster
+    reinforce_temperature: float = 3.0  # of log p(thought) in REINFORCE; sampling has its own
+    base_weight: float = 0.5  # of the loss without thoughts, against that with thoughts
+    policy_weight: float | None = None  # of REINFORCE; None: 1e6 / K, the authors' 1e6 for our sum
+    drop_negative: bool = True  # learn only from thoughts that beat the mean of their position
+
+    def __post_init__(self):
+        if self.policy_weight is None:
+            object.__setattr__(self, "policy_weight", 1e6 / max(self.thought_length, 1))
+        allowed = {
+            "n_thoughts": (self.n_thoughts >= 1, "at least 1"),
+            "thought_length": (self.thought_length >= 0, "at least 0"),
+            "n_true": (self.n_true >= 1, "at least 1"),
+            "embedding_scale": (self.embedding_scale > 0, "positive"),
+            "reinforce_temperature": (self.reinforce_temperature > 0, "positive"),
+            "base_weight": (0 <= self.base_weight <= 1, "between 0 and 1"),
+            "policy_weight": (0 <= self.policy_weight < math.inf, "at least 0"),
+        }
+        for name, (good, what) in allowed.items():
+            if not good:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be {what}")
+
+
+class Output(NamedTuple):
+    """What QuietStar.forward returns."""
+
+    thought_ids: Tensor  # [B, N, J, K] int64
+    thought_logp: Tensor  # [B, N, J, K] of the masked logits / reinforce_temperature
+    base_nll: Tensor  # [B, T-1] of ids[:, 1:] without thoughts; 0 where it is no target
+    talk_nll: Tensor  # [A, B, N, J] of ids[:, j+1+a] after the thought at j; 0 where not valid
+    weight: Tensor  # [A, B, N, J] the mixing weight w: 1 = the thought is ignored
+    valid: Tensor  # [A, B, J] bool: the target exists and is one
+    positions: Tensor  # [J] int64
+    target_mask: Tensor  # [B, T] bool
+
+
+class Counts(NamedTuple):
+    """How many entries the means of the loss run over: the whole batch's, if it is split."""
+
+    base: int  # targets predicted without thought
+    talk: int  # targets predicted after a thought, counted once for the N thoughts
+    reward: int  # (sequence, position) that have all A targets
+
+
+# ----------------------------------------------------------------------- which keys a thought sees
+
+
+def text_visible(positions: Tensor, step: int, T: int, window: int | None) -> Tensor:
+    """Which text keys step `step` of the thoughts at `positions` sees -> [J, T] bool.
+
+    Paper: section 4.2. The text up to the thought's origin j, within the sliding window as
+    counted from the step's rotary position j + step.
+    """
+    keys = torch.arange(T, device=positions.device)
+    before = keys <= positions[:, None]  # [J, T]
+    return before & in_window(positions[:, None] + step, keys, window)
+
+
+def parallel_thought_mask(
+    T: int, positions: Tensor, n_thoughts: int, steps: int, window: int | None = None
+) -> Tensor:
+    """The paper's Figure 3 as a matrix: may this row look at that column? [M, M] bool.
+
+    M = T + J * N * steps: the text, then every thought's steps, ordered by origin, thought, step.
+    The oracle of the tests; the implementation never builds it.
+    """
+    text = torch.arange(T)
+    origin = positions.cpu().repeat_interleave(n_thoughts * steps)
+    thought = torch.arange(len(positions) * n_thoughts).repeat_interleave(steps)
+    step = torch.arange(1, steps + 1).repeat(len(positions) * n_thoughts)
+    nobody = torch.full((T,), -1)
+
+    rotary = torch.cat([text, origin + step])  # [M] positions as the rotary embedding counts them
+    sees_text_up_to = torch.cat([text, origin])
+    owner = torch.cat([nobody, thought])
+    is_text = owner == -1
+    up_to_origin = is_text & (rotary <= sees_text_up_to[:, None])
+    own_thought = ~is_text & (owner == owner[:, None])
+    return (up_to_origin | own_thought) & in_window(rotary[:, None], rotary, window)
+
+
+def attention_probabilities(
+    q: Tensor, text_k: Tensor, text_bias: Tensor, own_k: tuple[Tensor, ...]
+) -> Tensor:
+    """Softmax over the text's keys and the thought's own -> [B, Hkv, G, P, T + s].
+
+    q [B, Hkv, G, P, Dh] already divided by sqrt(Dh), G queries to a key's head; text_k
+    [B, Hkv, T, Dh], shared by all rows: one matrix product; text_bias [P, T], 0 or -inf;
+    own_k s keys [B, Hkv, P, Dh], a row's own: s elementwise products.
+    """
+    text = (q.flatten(2, 3) @ text_k.mT).unflatten(2, q.shape[2:4])  # [B, Hkv, G, P, T]
+    own = [(q * k[:, :, None]).sum(-1, keepdim=True) for k in own_k]  # s of [B, Hkv, G, P, 1]
+    return torch.softmax(torch.cat([text + text_bias, *own], dim=-1), dim=-1)
+
+
+class _ThoughtAttention(torch.autograd.Function):
+    """The trick of this file: attention that does not keep its probabilities.
+
+    Left to autograd, the probabilities of every layer and step would fill the memory. The backward
+    pass computes them again, as FlashAttention does (Dao et al. 2022, arXiv 2205.14135):
+
+        o = P v    dv = P' do    dS = P * (do v' - sum(do * o))    dq = dS k    dk = dS' q
+    """
+
+    @staticmethod
+    def forward(ctx, q, text_k, text_v, text_bias, *own):
+        own_k, own_v = own[: len(own) // 2], own[len(own) // 2 :]
+        T = text_k.shape[2]
+        p = attention_probabilities(q, text_k, text_bias, own_k)
+        out = (p[..., :T].flatten(2, 3) @ text_v).view_as(q)  # [B, Hkv, G, P, Dh]
+        for s, v in enumerate(own_v):
+            out.addcmul_(p[..., T + s, None], v[:, :, None])
+        ctx.save_for_backward(q, text_k, text_v, text_bias, out, *own)
+        return out
+
+    @staticmethod
+    def backward(ctx, d_out):
+        q, text_k, text_v, text_bias, out, *own = ctx.saved_tensors
+        own_k, own_v = own[: len(own) // 2], own[len(own) // 2 :]
+        T = text_k.shape[2]
+        p = attention_probabilities(q, text_k, text_bias, own_k)
+        overlap = (d_out * out).sum(-1, keepdim=True)  # [B, Hkv, G, P, 1]
+
+        d_rows, rows, p_text = d_out.flatten(2, 3), q.flatten(2, 3), p[..., :T].flatten(2, 3)
+        d_text_v = p_text.mT @ d_rows
+        d_scores = (d_rows @ text_v.mT).sub_(overlap.flatten(2, 3)).mul_(p_text)
+        d_text_k = d_scores.mT @ rows
+        d_q = (d_scores @ text_k).view_as(q)
+        d_own_k, d_own_v = [], []
+        for s, (k, v) in enumerate(zip(own_k, own_v, strict=True)):
+            p_own = p[..., T + s, None]  # [B, Hkv, G, P, 1]
+            d_score = ((d_out * v[:, :, None]).sum(-1, keepdim=True) - overlap) * p_own
+            d_q.addcmul_(d_score, k[:, :, None])
+            d_own_k.append((d_score * q).sum(2))
+            d_own_v.append((p_own * d_out).sum(2))
+        return d_q, d_text_k, d_text_v, None, *d_own_k, *d_own_v
+
+
+def thought_attention(
+    q: Tensor, text: tuple[Tensor, Tensor], own: list[tuple[Tensor, Tensor]], text_bias: Tensor
+) -> Tensor:
+    """Attention of one step of all thoughts: q [B, H, P, Dh] -> [B, H, P, Dh].
+
+    text: keys and values [B, Hkv, T, Dh] of the base pass. own: those of steps 1..s of each
+    thought [B, Hkv, P, Dh], step s being the query's own. text_bias [P, T]: 0 where visible, -inf
+    where not.
+
+    Paper: section 4.2 and Figure 3. Ours: the text's keys are multiplied once for all thoughts and
+    nobody's keys are copied, so a step costs T + s keys a row, where the masked matrix of the paper
+    has T * (s + 1).
+    """
+    own_k, own_v = zip(*own, strict=True)
+    grouped = q.unflatten(1, (text[0].shape[1], -1)) / math.sqrt(q.shape[-1])  # [B, Hkv, G, P, Dh]
+    return _ThoughtAttention.apply(grouped, *text, text_bias, *own_k, *own_v).flatten(1, 2)
+
+
+# ----------------------------------------------------------------------------------- the equations
+
+
+def token_logits(h: Tensor, head: Tensor, excluded: tuple[int, ...] = ()) -> Tensor:
+    """Logits [..., V] in float32 of hidden states h [..., D] under head [V, D].
+
+    The tokens in excluded get the lowest finite logit: probability 0, yet never 0 * inf = NaN.
+    """
+    logits = (h @ head.mT).float()
+    if excluded:
+        logits[..., list(excluded)] = torch.finfo(logits.dtype).min
+    return logits
+
+
+class _TokenLogp(torch.autograd.Function):
+    """The other trick: log p of given tokens without keeping logits over V for the backward pass.
+
+    log p = log_softmax(logits / temperature)[ids], and backward, with logits computed again,
+    d logits = (onehot(ids) - softmax(logits / temperature)) / temperature * d log p.
+    """
+
+    @staticmethod
+    def forward(ctx, h, head, logits, ids, excluded, temperature):
+        ctx.save_for_backward(h, head, ids)
+        ctx.excluded, ctx.temperature = excluded, temperature
+        logp = torch.log_softmax(logits / temperature, dim=-1)
+        return logp.gather(-1, ids[..., None]).squeeze(-1)
+
+    @staticmethod
+    def backward(ctx, d_logp):
+        h, head, ids = ctx.saved_tensors
+        p = torch.softmax(token_logits(h, head, ctx.excluded) / ctx.temperature, dim=-1)
+        scale = d_logp[..., None] / ctx.temperature  # [..., 1]
+        d_logits = p.mul_(-scale).scatter_add_(-1, ids[..., None], scale).to(head.dtype)
+        d_head = d_logits.flatten(0, -2).mT @ h.flatten(0, -2)
+        return d_logits @ head, d_head, None, None, None, None
+
+
+def token_logp(
+    h: Tensor,
+    head: Tensor,
+    ids: Tensor,
+    excluded: tuple[int, ...] = (),
+    temperature: float = 1.0,
+    logits: Tensor | None = None,
+) -> Tensor:
+    """log p of tokens ids [...] predicted from h [..., D] under head [V, D] -> [...] in nats.
+
+    logits: token_logits(h, head, excluded), where the caller has them already.
+    """
+    if logits is None:
+        with torch.no_grad():
+            logits = token_logits(h, head, excluded)
+    return _TokenLogp.apply(h, head, logits, ids, excluded, temperature)
+
+
+def sample_tokens(logits: Tensor, temperature: float, uniform: Tensor | None) -> Tensor:
+    """Draw a token from softmax(logits [..., V] / temperature) -> [...] int64; 0 is greedy.
+
+    uniform [...] in [0, 1) is the randomness. One number a token, drawn by the caller on the CPU:
+    the same seed gives the same thoughts on every device and however a batch is split.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    cdf = torch.softmax(logits / temperature, dim=-1).cumsum(-1)
+    total = cdf[..., -1:]
+    point = uniform[..., None] * total
+    point = torch.minimum(
+        point, torch.nextafter(total, torch.zeros_like(total))
+    )  # u * total < total
+    return torch.searchsorted(cdf, point, right=True).squeeze(-1)  # never where p is 0
+
+
+def mix(h_init: Tensor, h_thought: Tensor, weight: Tensor) -> Tensor:
+    """The hidden state of p_talk: w h_init + (1 - w) h_thought; [..., D], weight [...].
+
+    Paper: section 4.3, log p_talk = w log p_init + (1 - w) log p_thought. Up to a constant over V
+    that is this mixture of hidden states, because the head is linear: one head instead of two.
+    """
+    w = weight[..., None]
+    return w * h_init + (1 - w) * h_thought
+
+
+def valid_targets(target_mask: Tensor, positions: Tensor, n_true: int) -> Tensor:
+    """Whether ids[b, j + 1 + a] exists and is a target: target_mask [B, T] -> [A, B, J] bool."""
+    T = target_mask.shape[1]
+    targets = positions + 1 + torch.arange(n_true, device=positions.device)[:, None]  # [A, J]
+    mask = target_mask[:, targets.clamp(max=T - 1)] & (targets < T)  # [B, A, J]
+    return mask.transpose(0, 1)
+
+
+def count_targets(target_mask: Tensor, positions: Tensor, n_true: int) -> Counts:
+    """The counts that quiet_star_loss divides by, for a batch with target_mask [B, T]."""
+    valid = valid_targets(target_mask, positions, n_true)
+    return Counts(int(target_mask[:, 1:].sum()), int(valid.sum()), int(valid.all(0).sum()))
+
+
+def reward(talk_nll: Tensor, base_nll: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
+    """r_j [B, N, J] in nats: how much likelier a thought made the next A tokens than its siblings.
+
+    talk_nll [A, B, N, J], base_nll [B, T-1], positions [J], valid [A, B, J] as in Output.
+    Paper: section 4.4. R_j = sum_a log p_talk(x_{j+1+a}), minus its mean over the N thoughts of
+    the position. A thought without siblings (N = 1) is compared with the base model's sum instead.
+    0 where a target is missing. A constant: no gradient.
+    """
+    total = -talk_nll.detach().sum(0)  # [B, N, J] R_j
+    if total.shape[1] > 1:
+        r = total - total.mean(1, keepdim=True)
+    else:
+        r = total - base_total(base_nll, positions, valid)
+    return torch.where(valid.all(0)[:, None], r, 0.0)
+
+
+def base_total(base_nll: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
+    """sum_a log p_init(x_{j+1+a}) [B, 1, J] in nats over the valid targets: what R_j must beat."""
+    steps = torch.arange(len(valid), device=positions.device)[:, None]
+    nll = base_nll.detach()[:, (positions + steps).clamp(max=base_nll.shape[1] - 1)]  # [B, A, J]
+    return -(nll.transpose(0, 1) * valid).sum(0)[:, None]
+
+
+def quiet_star_loss(
+    output: Output, config: ThoughtConfig, counts: Counts | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of one step and its parts, each a mean over valid entries.
+
+        L = base_weight * L_base + (1 - base_weight) * L_NLL + policy_weight * L_REINFORCE
+        L_REINFORCE = - r_j * log p(thought_j), r_j without its negatives if drop_negative
+
+    Paper: section 4.4; L_base is the authors' code's. counts: those of the whole batch where output
+    is a part of it, so that the parts' losses, gradients and metrics add up to the batch's.
+
+    Metrics, detached scalars: loss; base_nll and talk_nll, nats per token without and with
+    thoughts; reward, nats per thought: R_j minus the base model's sum, before any baseline;
+    policy_loss; weight, the mean of w.
+    """
+    if counts is None:
+        counts = count_targets(output.target_mask, output.positions, config.n_true)
+    N = config.n_thoughts
+    per_base, per_talk, per_thought = (
+        1 / max(n, 1) for n in (counts.base, N * counts.talk, N * counts.reward)
+    )
+
+    r = reward(output.talk_nll, output.base_nll, output.positions, output.valid)  # [B, N, J]
+    if config.drop_negative:
+        r = r.clamp(min=0)
+    base = output.base_nll.sum() * per_base
+    talk = output.talk_nll.sum() * per_talk
+    policy = -(r * output.thought_logp.sum(-1)).sum() * per_thought
+    loss = (
+        config.base_weight * base + (1 - config.base_weight) * talk + config.policy_weight * policy
+    )
+
+    gain = -output.talk_nll.sum(0) - base_total(output.base_nll, output.positions, output.valid)
+    metrics = {
+        "loss": loss,
+        "base_nll": base,
+        "talk_nll": talk,
+        "reward": (gain * output.valid.all(0)[:, None]).sum() * per_thought,
+        "policy_loss": policy,
+        "weight": (output.weight * output.valid[:, :, None]).sum() * per_talk,
+    }
+    return loss, {name: value.detach() for name, value in metrics.items()}
+
+
+# -------------------------------------------------------------------------------------- the module
+
+
+class QuietStar(nn.Module):
+    """A Mistral that thinks. At initialisation it predicts exactly what the Mistral does."""
+
+    def __init__(self, model: Mistral, config: ThoughtConfig):
+        super().__init__()
+        self.model = model
+        self.config = config
+        D, V = model.config.hidden_size, model.config.vocab_size
+        for name in ("init_id", "start_id", "end_id"):
+            token = getattr(config, name)
+            if token is not None and not 0 <= token < V:
+                raise ValueError(f"{name} is {token}; the model's tokens are 0 .. {V - 1}")
+        self.start_id = V if config.start_id is None else config.start_id
+        self.end_id = V + 1 if config.end_id is None else config.end_id
+        self.excluded = tuple(token for token in (self.start_id, self.end_id) if token < V)
+
+        table = model.embed_tokens.weight.detach()  # [V, D]
+        if config.init_id is None:
+            start, end = torch.randn(2, D, dtype=table.dtype, device=table.device) * table.std()
+        else:
+            start = end = table[config.init_id]
+        self.start_embedding = nn.Parameter(start / config.embedding_scale)  # [D]
+        self.end_embedding = nn.Parameter(end / config.embedding_scale)  # [D]
+        self.mixing_head = nn.Sequential(
+            nn.Linear(2 * D, D), nn.ReLU(), nn.Linear(D, D), nn.ReLU(), nn.Linear(D, 1, bias=False)
+        ).to(table)
+        nn.init.zeros_(self.mixing_head[4].weight)
+
+    def meta_embedding(self, stored: Tensor) -> Tensor:
+        """A meta token's embedding [D] in use, from the stored parameter.
+
+        Paper: appendix A. Stored small and used large, so that Adam, whose steps have the size of
+        the learning rate, moves it embedding_scale times as far.
+        """
+        return stored * self.config.embedding_scale
+
+    def embed_thought(self, ids: Tensor) -> Tensor:
+        """Embeddings [..., D] of a thought's tokens ids [...]: ordinary ones, start or end."""
+        start, end = (
+            self.meta_embedding(self.start_embedding),
+            self.meta_embedding(self.end_embedding),
+        )
+        x = self.model.embed_tokens(ids.clamp(max=self.model.config.vocab_size - 1))
+        x = torch.where((ids == self.start_id)[..., None], start, x)
+        return torch.where((ids == self.end_id)[..., None], end, x)
+
+    def mixing_weight(self, h_init: Tensor, h_thought: Tensor) -> Tensor:
+        """w [...] = 1 - MLP([h_init ; h_thought]), both [..., D]. Paper: section 4.3.
+
+        Ours: no squashing, as in the authors' code; their talk_head is this MLP, and it multiplies
+        the thought, so w = 1 - theirs. The last layer starts at zero: w = 1, no thought is heard.
+        """
+        return 1 - self.mixing_head(torch.cat([h_init, h_thought], dim=-1)).squeeze(-1)
+
+    def _step(self, x: Tensor, step: int, positions: Tensor, text: list, own: list) -> Tensor:
+        """Run step `step` of all thoughts through the model: embeddings x [B, P, D] -> h [B, P, D].
+
+        text: each layer's (k, v) of the base pass. own: each layer's list of the thoughts' (k, v)
+        so far; this step's are appended.
+        """
+        window, T = self.model.config.sliding_window, text[0][0].shape[2]
+        N = x.shape[1] // len(positions)
+        visible = text_visible(positions, step, T, window)  # [J, T]
+        bias = torch.zeros_like(visible, dtype=x.dtype).masked_fill_(~visible, -math.inf)
+        bias = bias.repeat_interleave(N, dim=0)  # [P, T]
+        rotary = self.model.rotary((positions + step).repeat_interleave(N))
+        for layer, layer_text, layer_own in zip(self.model.layers, text, own, strict=True):
+            q, k, v = layer.project(x, rotary)
+            layer_own.append((k, v))
+            recent = layer_own[-(window or 0) :]  # a thought's own window
+            x = layer.finish(x, thought_attention(q, layer_text, recent, bias))
+        return self.model.norm(x)
+
+    def forward(
+        self,
+        ids: Tensor,
+        thought_ids: Tensor | None = None,
+        positions: Tensor | None = None,
+        target_mask: Tensor | None = None,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> Output:
+        """Think at every position of ids [B, T] in parallel and predict what comes next.
+
+        thought_ids [B, N, J, K] int64: force these thoughts; None samples them at `temperature`
+        (0: greedy) with `generator` (on the CPU; None: torch's own). N and K are the config's.
+        positions [J] int64, any of 0 .. T-2: where to think; None: all that have A targets,
+        0 .. T-1-A. target_mask [B, T] bool: False where a token is no target (padding, the first
+        of a document). Raises ValueError for any of these that does not fit.
+
+        Paper: sections 4.2 to 4.4. Gradients flow through the base pass, the thoughts' tokens and
+        the mixing; sampled ids are constants.
+        """
+        positions, target_mask = self._check(ids, thought_ids, positions, target_mask)
+        B, J, N, K = len(ids), len(positions), self.config.n_thoughts, self.config.thought_length
+        forced = uniform = None
+        if thought_ids is not None:
+            forced = thought_ids.transpose(1, 2).flatten(1, 2)  # [B, P, K]
+        elif temperature > 0:
+            uniform = torch.rand(B, J * N, K, generator=generator).to(ids.device)  # [B, P, K]
+
+        h_init, text = self.model.hidden_states(self.model.embed_tokens(ids))
+        head = self.model.lm_head.weight
+        base_nll = -token_logp(h_init[:, :-1], head, ids[:, 1:]) * target_mask[:, 1:]  # [B, T-1]
+        thought, logp, own = self._think(positions, text, forced, uniform, temperature)
+        talk_nll, weight = self._talk(ids, h_init, positions, text, own)
+        valid = valid_targets(target_mask, positions, self.config.n_true)  # [A, B, J]
+
+        def by_thought(rows: Tensor) -> Tensor:  # [..., P] -> [..., N, J]
+            return rows.unflatten(-1, (J, N)).transpose(-2, -1)
+
+        return Output(
+            thought_ids=by_thought(thought).movedim(0, -1),  # [K, B, P] -> [B, N, J, K]
+            thought_logp=by_thought(logp).movedim(0, -1),
+            base_nll=base_nll,
+            talk_nll=by_thought(talk_nll) * valid[:, :, None],  # [A, B, P] -> [A, B, N, J]
+            weight=by_thought(weight),
+            valid=valid,
+            positions=positions,
+            target_mask=target_mask,
+        )
+
+    def _think(self, positions, text, forced, uniform, temperature):
+        """Sample, or follow, the K tokens of every thought: ids and logp [K, B, P], and their keys.
+
+        Paper: section 4.2. start and K tokens pass through the model; all but the last of them
+        predict a token.
+        """
+        config, head = self.config, self.model.lm_head.weight
+        B, P = text[0][0].shape[0], len(positions) * config.n_thoughts
+        own: list[list] = [[] for _ in self.model.layers]
+        token = positions.new_full((B, P), self.start_id)
+        greedy = uniform is None
+        tokens, logps = [], []
+        for k in range(config.thought_length):
+            h = self._step(self.embed_thought(token), k + 1, positions, text, own)
+            with torch.no_grad():
+                logits = token_logits(h, head, self.excluded)
+            if forced is not None:
+                token = forced[..., k]
+            else:
+                token = sample_tokens(logits, temperature, None if greedy else uniform[..., k])
+            tokens.append(token)
+            logps.append(self._thought_logp(h, head, token, logits))
+        last = self._step(self.embed_thought(token), len(tokens) + 1, positions, text, own)
+        none = last.new_empty(0, B, P)
+        return (
+            torch.stack(tokens) if tokens else none.long(),
+            torch.stack(logps) if logps else none.float(),
+            own,
+        )
+
+    def _thought_logp(self, h, head, token, logits):
+        """log p of a thought's tokens [B, P], meta tokens masked, at the REINFORCE temperature.
+
+        A forced meta token has probability 0: the lowest finite number stands for its log.
+        """
+        V = head.shape[0]
+        tau = self.config.reinforce_temperature
+        logp = token_logp(h, head, token.clamp(max=V - 1), self.excluded, tau, logits)
+        return torch.where(token < V, logp, torch.finfo(logp.dtype).min)
+
+    def _talk(self, ids, h_init, positions, text, own):
+        """Predict A true tokens after every thought: nll and mixing weight [A, B, P].
+
+        Paper: section 4.3. end and the true tokens x_{j+1} .. x_{j+A-1} pass through the model; a
+        target beyond the text is scored against some token of it, and masked by the caller.
+        """
+        config, T = self.config, ids.shape[1]
+        token = ids.new_full((), self.end_id).expand(len(ids), len(positions) * config.n_thoughts)
+        nlls, weights = [], []
+        for a in range(config.n_true):
+            step = config.thought_length + 2 + a
+            h_thought = self._step(self.embed_thought(token), step, positions, text, own)
+            here = (positions + a).clamp(max=T - 1)
+            h_base = h_init[:, here].repeat_interleave(config.n_thoughts, dim=1)  # [B, P, D]
+            token = ids[:, (here + 1).clamp(max=T - 1)]  # [B, J] the true next token
+            token = token.repeat_interleave(config.n_thoughts, dim=1)  # [B, P]
+            w = self.mixing_weight(h_base, h_thought)
+            nlls.append(-token_logp(mix(h_base, h_thought, w), self.model.lm_head.weight, token))
+            weights.append(w)
+        return torch.stack(nlls), torch.stack(weights)
+
+    def _check(self, ids, thought_ids, positions, target_mask):
+        """positions and target_mask with their defaults; ValueError for what does not fit."""
+        (B, T), config = ids.shape, self.config
+        if positions is None:
+            if config.n_true >= T:
+                raise ValueError(
+                    f"a text of {T} tokens has no position with {config.n_true} tokens ahead; "
+                    "give a longer text, a smaller n_true, or positions"
+                )
+            positions = torch.arange(T - config.n_true)
+        positions = positions.to(ids.device)
+        if (
+            positions.dim() != 1
+            or not len(positions)
+            or positions.min() < 0
+            or positions.max() > T - 2
+        ):
+            raise ValueError(
+                f"positions must be whole numbers in 0 .. {T - 2}, one dimension, at least one; "
+                f"given {positions.tolist()}"
+            )
+        if target_mask is None:
+            target_mask = torch.ones_like(ids, dtype=torch.bool)
+        if target_mask.shape != ids.shape:
+            raise ValueError(
+                f"target_mask has shape {tuple(target_mask.shape)}, ids has {tuple(ids.shape)}"
+            )
+        shape = (B, config.n_thoughts, len(positions), config.thought_length)
+        if thought_ids is not None and tuple(thought_ids.shape) != shape:
+            raise ValueError(
+                f"thought_ids has shape {tuple(thought_ids.shape)}; [B, N, J, K] is {shape}"
+            )
+        return positions, target_mask
+
+    @torch.no_grad()
+    def think_last(self, last: Tensor, cache: Cache) -> "Prediction":
+        """Read the text's next token last [B], think greedily, and predict what follows.
+
+        cache holds the text before `last`; afterwards it holds `last` too and nothing of the
+        thought. K + 1 passes: [last, start], t_1 .. t_{K-1} one by one, [t_K, end].
+        """
+        end_of_text = cache.length + 1
+        start = last.new_full((len(last), 1), self.start_id)
+        h, _ = self.model.hidden_states(
+            torch.cat([self.model.embed_tokens(last[:, None]), self.embed_thought(start)], 1), cache
+        )
+        h_init, head = h[:, 0], self.model.lm_head.weight  # [B, D]
+        thought = []
+        end = last.new_full((len(last), 1), self.end_id)
+        for k in range(self.config.thought_length):
+            token = token_logits(h[:, -1:], head, self.excluded).argmax(-1)  # [B, 1]
+            thought.append(token)
+            final = k == self.config.thought_length - 1
+            x = self.embed_thought(torch.cat([token, end], 1) if final else token)
+            h, _ = self.model.hidden_states(x, cache)
+        if not thought:
+            h, _ = self.model.hidden_states(self.embed_thought(end), cache)
+        cache.length = end_of_text
+        w = self.mixing_weight(h_init, h[:, -1])
+        return Prediction(
+            logits=token_logits(mix(h_init, h[:, -1], w), head, self.excluded),
+            base_logits=token_logits(h_init, head, self.excluded),
+            thought_ids=torch.cat(thought, 1) if thought else last.new_empty(len(last), 0),
+            weight=w,
+        )
+
+
+class Prediction(NamedTuple):
+    """What QuietStar.think_last predicts after the text."""
+
+    logits: Tensor  # [B, V] float32, mixed; meta tokens excluded
+    base_logits: Tensor  # [B, V] float32, without the thought
+    thought_ids: Tensor  # [B, K] int64
+    weight: Tensor  # [B] the mixing weight w
+
+
+# ------------------------------------------------------------------------------------- checkpoints
+
+
+OWN = ("start_embedding", "end_embedding", "mixing_head.")  # what a Quiet-STaR adds to a Mistral
+
+
+def save_quiet_star(model: QuietStar, folder: str | Path) -> None:
+    """Write a folder that save_mistral writes, and quiet_star.{json,safetensors} beside it."""
+    folder = Path(folder)
+    save_mistral(model.model, folder)
+    own = {name: p.detach() for name, p in model.named_parameters() if name.startswith(OWN)}
+    write_tensors(folder / "quiet_star.safetensors", own)
+    write_json(folder / "quiet_star.json", asdict(model.config))
+
+
+def load_quiet_star(
+    folder: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> QuietStar:
+    """A thinking model from a folder of save_quiet_star, or from the authors' checkpoint.
+
+    dtype None keeps that of the file. Raises ValueError for a folder that is neither.
+    """
+    folder = Path(folder)
+    shape = read_config(folder)
+    weights = read_weights(folder, shape, dtype, device)
+    if (folder / "quiet_star.json").is_file():
+        config = read_thought_config(folder / "quiet_star.json")
+        own = {
+            name: tensor.to(device=device, dtype=dtype, copy=True)
+            for name, tensor in read_tensors([folder / "quiet_star.safetensors"])
+        }
+    elif "start_embedding" in weights:
+        # Their ids are the last two of the vocabulary, row 1 of an embedding is a log-variance that
+        # nothing uses, and their talk_head is our mixing head (see mixing_weight).
+        config = ThoughtConfig(start_id=shape.vocab_size - 2, end_id=shape.vocab_size - 1)
+        own = {name: weights.pop(name)[0] for name in ("start_embedding", "end_embedding")}
+        for name in [name for name in weights if name.startswith("talk_head.0.")]:
+            own[name.replace("talk_head.0.", "mixing_head.")] = weights.pop(name)
+    else:
+        raise ValueError(
+            f"{folder} holds no thinking model: no quiet_star.json and no start_embedding; "
+            "a plain model becomes one with train.py --checkpoint"
+        )
+    model = QuietStar(build_mistral(shape, weights, folder), config)
+    base = {f"model.{name}": parameter for name, parameter in model.model.state_dict().items()}
+    load_weights(model, base | own, folder)
+    model.model.tie_head()
+    return model
+
+
+def read_thought_config(path: Path) -> ThoughtConfig:
+    """ThoughtConfig from a quiet_star.json."""
+    raw = read_json(path)
+    unknown = set(raw) - {field.name for field in fields(ThoughtConfig)}
+    if unknown:
+        raise ValueError(f"{path}: unknown setting {min(unknown)!r}")
+    try:
+        return ThoughtConfig(**raw)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
