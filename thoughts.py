@@ -36,30 +36,34 @@ from model import (
     build_mistral,
     in_window,
     load_weights,
+    open_tensors,
     read_config,
     read_json,
     read_tensors,
     read_weights,
     save_mistral,
+    weight_files,
     write_json,
     write_tensors,
 )
+
+NEVER = -1e10  # logit of a meta token: probability 0 in float32, and no 0 * inf = NaN in a loss
 
 
 @dataclass(frozen=True)
 class ThoughtConfig:
     """How a model thinks and what it learns from it. The defaults are the paper's."""
 
-    n_thoughts: int = 2  # N
-    thought_length: int = 9  # K
-    n_true: int = 4  # A
-    start_id: int | None = None  # id of <|startofthought|>; None: outside the vocabulary
-    end_id: int | None = None  # id of <|endofthought|>; None: outside the vocabulary
-    init_id: int | None = None  # token whose embedding both begin as, the em dash; None: random
+    n_thoughts: int = 2  # thoughts sampled at every position (N)
+    thought_length: int = 9  # sampled tokens of a thought, start and end not counted (K)
+    n_true: int = 4  # true tokens ahead that a thought is scored on (A)
+    start_id: int | None = None  # id of <|startofthought|>; none: outside the vocabulary
+    end_id: int | None = None  # id of <|endofthought|>; none: outside the vocabulary
+    init_id: int | None = None  # token whose embedding both begin as, the em dash; none: random
     embedding_scale: float = 100.0  # both are stored divided by this: Adam moves them faster
     reinforce_temperature: float = 3.0  # of log p(thought) in REINFORCE; sampling has its own
     base_weight: float = 0.5  # of the loss without thoughts, against that with thoughts
-    policy_weight: float | None = None  # of REINFORCE; None: 1e6 / K, the authors' 1e6 for our sum
+    policy_weight: float | None = None  # of REINFORCE; none: 1e6 / K, the authors' 1e6 for our sum
     drop_negative: bool = True  # learn only from thoughts that beat the mean of their position
 
     def __post_init__(self):
@@ -74,9 +78,14 @@ class ThoughtConfig:
             "base_weight": (0 <= self.base_weight <= 1, "between 0 and 1"),
             "policy_weight": (0 <= self.policy_weight < math.inf, "at least 0"),
         }
-        for name, (good, what) in allowed.items():
-            if not good:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be {what}")
+        check_settings(self, allowed)
+
+
+def check_settings(settings: object, allowed: dict[str, tuple[bool, str]]) -> None:
+    """ValueError for the first setting whose entry (whether it is allowed, what is) is False."""
+    for name, (good, what) in allowed.items():
+        if not good:
+            raise ValueError(f"{name} is {getattr(settings, name)}; it must be {what}")
 
 
 class Output(NamedTuple):
@@ -96,8 +105,7 @@ class Counts(NamedTuple):
     """How many entries the means of the loss run over: the whole batch's, if it is split."""
 
     base: int  # targets predicted without thought
-    talk: int  # targets predicted after a thought, counted once for the N thoughts
-    reward: int  # (sequence, position) that have all A targets
+    positions: int  # (sequence, thinking position) that have all A targets
 
 
 # ----------------------------------------------------------------------- which keys a thought sees
@@ -218,11 +226,11 @@ def thought_attention(
 def token_logits(h: Tensor, head: Tensor, excluded: tuple[int, ...] = ()) -> Tensor:
     """Logits [..., V] in float32 of hidden states h [..., D] under head [V, D].
 
-    The tokens in excluded get the lowest finite logit: probability 0, yet never 0 * inf = NaN.
+    The tokens in excluded get the logit NEVER.
     """
     logits = (h @ head.mT).float()
     if excluded:
-        logits[..., list(excluded)] = torch.finfo(logits.dtype).min
+        logits[..., list(excluded)] = NEVER
     return logits
 
 
@@ -305,8 +313,8 @@ def valid_targets(target_mask: Tensor, positions: Tensor, n_true: int) -> Tensor
 
 def count_targets(target_mask: Tensor, positions: Tensor, n_true: int) -> Counts:
     """The counts that quiet_star_loss divides by, for a batch with target_mask [B, T]."""
-    valid = valid_targets(target_mask, positions, n_true)
-    return Counts(int(target_mask[:, 1:].sum()), int(valid.sum()), int(valid.all(0).sum()))
+    valid = valid_targets(target_mask, positions, n_true)  # [A, B, J]
+    return Counts(int(target_mask[:, 1:].sum()), int(valid.all(0).sum()))
 
 
 def reward(talk_nll: Tensor, base_nll: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
@@ -335,43 +343,47 @@ def base_total(base_nll: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
 def quiet_star_loss(
     output: Output, config: ThoughtConfig, counts: Counts | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of one step and its parts, each a mean over valid entries.
+    """The loss of one step and its parts.
 
         L = base_weight * L_base + (1 - base_weight) * L_NLL + policy_weight * L_REINFORCE
-        L_REINFORCE = - r_j * log p(thought_j), r_j without its negatives if drop_negative
+        L_base      = - log p_init(x_{j+1})                  mean over targets
+        L_NLL       = - mean_a log p_talk_{j,a}(x_{j+1+a})   mean over valid positions and thoughts
+        L_REINFORCE = - r_j * log p(thought_j)               likewise; r_j a constant, its negatives
+                                                             set to 0 if drop_negative
 
-    Paper: section 4.4; L_base is the authors' code's. counts: those of the whole batch where output
-    is a part of it, so that the parts' losses, gradients and metrics add up to the batch's.
+    A position is valid if it has all A targets: padding then changes nothing. counts: those of the
+    whole batch where output is a part of it, so that losses, gradients and metrics of the parts
+    add up to the batch's.
 
-    Metrics, detached scalars: loss; base_nll and talk_nll, nats per token without and with
-    thoughts; reward, nats per thought: R_j minus the base model's sum, before any baseline;
-    policy_loss; weight, the mean of w.
+    Paper: section 4.4; L_base and the two weights are the authors' code's. Metrics, detached
+    scalars: loss; base_nll, talk_nll and policy_loss, the three parts; reward, nats per thought by
+    which thoughts beat the base model: R_j minus its sum over the same targets; weight, mean of w.
     """
     if counts is None:
         counts = count_targets(output.target_mask, output.positions, config.n_true)
-    N = config.n_thoughts
-    per_base, per_talk, per_thought = (
-        1 / max(n, 1) for n in (counts.base, N * counts.talk, N * counts.reward)
-    )
-
+    valid = output.valid.all(0)[:, None]  # [B, 1, J]
     r = reward(output.talk_nll, output.base_nll, output.positions, output.valid)  # [B, N, J]
     if config.drop_negative:
         r = r.clamp(min=0)
-    base = output.base_nll.sum() * per_base
-    talk = output.talk_nll.sum() * per_talk
-    policy = -(r * output.thought_logp.sum(-1)).sum() * per_thought
+    base_sum = base_total(output.base_nll, output.positions, output.valid)  # [B, 1, J]
+
+    def mean(x: Tensor) -> Tensor:
+        """Mean of x [B, N, J] over thoughts and valid positions."""
+        return (x * valid).sum() / max(config.n_thoughts * counts.positions, 1)
+
+    base = output.base_nll.sum() / max(counts.base, 1)
+    talk = mean(output.talk_nll.mean(0))
+    policy = mean(-r * output.thought_logp.sum(-1))
     loss = (
         config.base_weight * base + (1 - config.base_weight) * talk + config.policy_weight * policy
     )
-
-    gain = -output.talk_nll.sum(0) - base_total(output.base_nll, output.positions, output.valid)
     metrics = {
         "loss": loss,
         "base_nll": base,
         "talk_nll": talk,
-        "reward": (gain * output.valid.all(0)[:, None]).sum() * per_thought,
         "policy_loss": policy,
-        "weight": (output.weight * output.valid[:, :, None]).sum() * per_talk,
+        "reward": mean(-output.talk_nll.sum(0) - base_sum),
+        "weight": mean(output.weight.mean(0)),
     }
     return loss, {name: value.detach() for name, value in metrics.items()}
 
@@ -534,12 +546,12 @@ class QuietStar(nn.Module):
     def _thought_logp(self, h, head, token, logits):
         """log p of a thought's tokens [B, P], meta tokens masked, at the REINFORCE temperature.
 
-        A forced meta token has probability 0: the lowest finite number stands for its log.
+        A forced meta token has probability 0; NEVER stands for its log.
         """
         V = head.shape[0]
         tau = self.config.reinforce_temperature
         logp = token_logp(h, head, token.clamp(max=V - 1), self.excluded, tau, logits)
-        return torch.where(token < V, logp, torch.finfo(logp.dtype).min)
+        return torch.where(token < V, logp, NEVER)
 
     def _talk(self, ids, h_init, positions, text, own):
         """Predict A true tokens after every thought: nll and mixing weight [A, B, P].
@@ -597,8 +609,12 @@ class QuietStar(nn.Module):
         return positions, target_mask
 
     @torch.no_grad()
-    def think_last(self, last: Tensor, cache: Cache) -> "Prediction":
+    def think_last(
+        self, last: Tensor, cache: Cache, thought_ids: Tensor | None = None
+    ) -> "Prediction":
         """Read the text's next token last [B], think greedily, and predict what follows.
+
+        thought_ids [B, K] forces the thought.
 
         cache holds the text before `last`; afterwards it holds `last` too and nothing of the
         thought. K + 1 passes: [last, start], t_1 .. t_{K-1} one by one, [t_K, end].
@@ -612,7 +628,10 @@ class QuietStar(nn.Module):
         thought = []
         end = last.new_full((len(last), 1), self.end_id)
         for k in range(self.config.thought_length):
-            token = token_logits(h[:, -1:], head, self.excluded).argmax(-1)  # [B, 1]
+            if thought_ids is None:
+                token = token_logits(h[:, -1:], head, self.excluded).argmax(-1)  # [B, 1]
+            else:
+                token = thought_ids[:, k : k + 1]
             thought.append(token)
             final = k == self.config.thought_length - 1
             x = self.embed_thought(torch.cat([token, end], 1) if final else token)
@@ -651,6 +670,17 @@ def save_quiet_star(model: QuietStar, folder: str | Path) -> None:
     own = {name: p.detach() for name, p in model.named_parameters() if name.startswith(OWN)}
     write_tensors(folder / "quiet_star.safetensors", own)
     write_json(folder / "quiet_star.json", asdict(model.config))
+
+
+def thinks(folder: Path) -> bool:
+    """Whether a checkpoint folder holds a thinking model, ours or the authors'."""
+    if (folder / "quiet_star.json").is_file():
+        return True
+    for file in weight_files(folder):
+        with open_tensors(file) as reader:
+            if "start_embedding" in reader.keys():  # noqa: SIM118, it is no mapping
+                return True
+    return False
 
 
 def load_quiet_star(

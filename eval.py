@@ -1,0 +1,207 @@
+"""What are the thoughts worth?
+
+    python eval.py --model runs/1/quiet_star       the puzzles of the embedded corpus, as a table
+    python eval.py --model FOLDER --text FILE      perplexity with and without thoughts
+
+The puzzles are those held out of training, in lines that do not explain themselves. A text is read
+in sequences of --context tokens, each on its own; every token but a sequence's first is predicted
+with and without a thought before it, in parallel over positions.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import data
+from model import Cache, Mistral
+from sample import execute, generate, load_any, pick_device
+from thoughts import QuietStar
+from tokenizer import Tokenizer
+
+# ------------------------------------------------------------------------------------- the puzzles
+
+
+class Puzzles(NamedTuple):
+    """Held-out puzzles as prompts: three silent lines of training puzzles, then one up to "="."""
+
+    ids: Tensor  # [n, T] int64
+    answers: Tensor  # [n] int64, an index into candidates
+    candidates: Tensor  # [HOURS] int64, the tokens that an answer can be
+
+
+class Score(NamedTuple):
+    """Of the answers: how many were right, how likely was the right one."""
+
+    right: float  # share whose argmax among the candidates is the answer
+    logp: float  # mean log p of the answer, over the whole vocabulary, in nats
+
+
+def held_out_puzzles(tokenizer: Tokenizer, device: torch.device, repeats: int = 3) -> Puzzles:
+    """Every held-out puzzle, `repeats` times after different lines."""
+    rng = np.random.default_rng(0)
+    known = data.all_puzzles(held_out=False)
+    rows, answers = [], []
+    for moves in np.tile(data.all_puzzles(held_out=True), (repeats, 1)):
+        before = "".join(data.puzzle_line(known[i]) for i in rng.integers(len(known), size=3))
+        asked, answer = data.puzzle_line(moves).strip().split("=")
+        rows.append(tokenizer.encode("\n" + before + asked + "="))
+        answers.append(data.ANSWERS.index(answer))
+    candidates = [tokenizer.token_id(answer) for answer in data.ANSWERS]
+    return Puzzles(*(torch.tensor(x, device=device) for x in (rows, answers, candidates)))
+
+
+def score(logits: Tensor, puzzles: Puzzles) -> Score:
+    """Score of the next token's logits [n, V] after the puzzles."""
+    among = logits[:, puzzles.candidates]  # [n, HOURS]
+    logp = torch.log_softmax(logits.float(), dim=-1)
+    answer = puzzles.candidates[puzzles.answers]
+    return Score(
+        right=(among.argmax(-1) == puzzles.answers).float().mean().item(),
+        logp=logp.gather(1, answer[:, None]).mean().item(),
+    )
+
+
+def aloud(model: Mistral, puzzles: Puzzles, dash: int) -> Tensor:
+    """Logits [n, V] of the answer after the model has written an aside, greedily, as text."""
+    dashes = torch.full_like(puzzles.ids[:, :1], dash)
+    opened = torch.cat([puzzles.ids, dashes], dim=1)
+    said = generate(model, opened, data.ASIDE, temperature=0)
+    return model(torch.cat([said, dashes], dim=1))[:, -1]
+
+
+@contextmanager
+def thinking_once(model: QuietStar) -> Iterator[None]:
+    """One thought per position, scored on one token: what an evaluation needs of it."""
+    config, model.config = model.config, replace(model.config, n_thoughts=1, n_true=1)
+    try:
+        yield
+    finally:
+        model.config = config
+
+
+def sampled_thoughts(model: QuietStar, ids: Tensor) -> Tensor:
+    """A thought [n, K] after each text ids [n, T], sampled at temperature 1 as in training."""
+    T = ids.shape[1]
+    longer = torch.cat([ids, ids[:, :1]], dim=1)  # a position needs some target to think for
+    generator = torch.Generator().manual_seed(0)
+    with thinking_once(model):
+        output = model(longer, positions=torch.tensor([T - 1]), generator=generator)
+    return output.thought_ids[:, 0, 0]
+
+
+@torch.no_grad()
+def puzzle_table(model: Mistral | QuietStar, tokenizer: Tokenizer) -> dict[str, Score]:
+    """The scores of a model on the held-out puzzles, by what it does between "=" and the answer."""
+    text_model = model.model if isinstance(model, QuietStar) else model
+    puzzles = held_out_puzzles(tokenizer, text_model.embed_tokens.weight.device)
+    dash = tokenizer.token_id("—")
+    table = {"answers at once": score(text_model(puzzles.ids)[:, -1], puzzles)}
+    if isinstance(model, QuietStar):
+        K = model.config.thought_length
+        pause = puzzles.ids.new_full((len(puzzles.ids), K), model.start_id)
+        sampled = sampled_thoughts(model, puzzles.ids)
+        thoughts = {"pause tokens": pause, "sampled thoughts": sampled, "greedy thoughts": None}
+        for name, thought in thoughts.items():
+            cache = Cache(text_model, len(puzzles.ids), puzzles.ids.shape[1] + K + 2)
+            text_model.hidden_states(text_model.embed_tokens(puzzles.ids[:, :-1]), cache)
+            prediction = model.think_last(puzzles.ids[:, -1], cache, thought)
+            table[name] = score(prediction.logits, puzzles)
+    table["writes its aside"] = score(aloud(text_model, puzzles, dash), puzzles)
+    return table
+
+
+def show_puzzles(tables: dict[str, dict[str, Score]]) -> str:
+    """Tables of several models as lines of text."""
+    lines = [f"{'':38}  right   log p(answer)"]
+    for model, table in tables.items():
+        lines += [
+            f"{model + ', ' + name:38}  {100 * s.right:5.1f} %  {s.logp:8.3f}"
+            for name, s in table.items()
+        ]
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------- any text
+
+
+@torch.no_grad()
+def text_nll(
+    model: QuietStar, ids: Tensor, is_target: Tensor, context: int
+) -> tuple[Tensor, Tensor]:
+    """nll in nats of every target of a text, without and with a greedy thought before it.
+
+    ids [tokens], is_target [tokens] bool -> two tensors [targets] in the order of the text.
+    """
+    base, talk = [], []
+    with thinking_once(model):
+        for start in range(0, len(ids), context):
+            row = ids[None, start : start + context]
+            mask = is_target[None, start : start + context]
+            if row.shape[1] < 2:
+                break
+            output = model(row, target_mask=mask, temperature=0)
+            valid = output.valid[0, 0]  # [J]
+            base.append(output.base_nll[0][valid].cpu())
+            talk.append(output.talk_nll[0, 0, 0][valid].cpu())
+            done = min(start + context, len(ids))
+            print(f"\r{done} of {len(ids)} tokens", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    return torch.cat(base), torch.cat(talk)
+
+
+def show_text(base: Tensor, talk: Tensor, bins: int = 5) -> str:
+    """Perplexities, and the gain by difficulty: targets in equal bins by their loss without."""
+    lines = [
+        f"{len(base)} tokens; perplexity {math.exp(base.mean()):.3f} without thoughts, "
+        f"{math.exp(talk.mean()):.3f} with",
+        "loss without (nats)    tokens     with     gain",
+    ]
+    for part in base.argsort().chunk(bins):
+        easy, hard = base[part[0]], base[part[-1]]
+        without, with_thought = base[part].mean(), talk[part].mean()
+        lines.append(
+            f"{easy:6.3f} .. {hard:6.3f}   {len(part):9d}  {with_thought:7.4f}  "
+            f"{without - with_thought:+7.4f}"
+        )
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------ the command line
+
+
+def run(options: argparse.Namespace) -> None:
+    """Load, evaluate, print."""
+    model, tokenizer = load_any(options.model, pick_device(options.device))
+    if options.text is None:
+        print(show_puzzles({"model": puzzle_table(model, tokenizer)}))
+        return
+    if not isinstance(model, QuietStar):
+        raise ValueError(f"{options.model} is a plain model; --text compares with thoughts")
+    tokens = data.tokenize(data.read_documents([options.text]), tokenizer)
+    device = next(model.parameters()).device
+    ids, is_target = (x[: options.max_tokens].to(device) for x in (tokens.ids, tokens.is_target))
+    print(show_text(*text_nll(model, ids, is_target, options.context)))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="What thoughts are worth, on puzzles or a text.")
+    add = parser.add_argument
+    add("--model", required=True, metavar="FOLDER", help="checkpoint folder")
+    add("--text", metavar="FILE", help="text or .jsonl file; none: the embedded corpus' puzzles")
+    add("--context", type=int, default=256, help="tokens in a sequence (256)")
+    add("--max-tokens", type=int, help="tokens of the text to read; none: all")
+    add("--device", help="cpu, cuda, mps; none: the best there is")
+    execute(parser, run, arguments)
+
+
+if __name__ == "__main__":
+    main()

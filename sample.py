@@ -1,0 +1,231 @@
+"""Continue a prompt with a plain or a thinking model.
+
+    python sample.py --model FOLDER --prompt "The capital of France is" --greedy
+    python sample.py --model runs/1/quiet_star --prompt "122010=" --greedy --show-thoughts
+
+A thinking model thinks before every token that it writes. Only the last position thinks; the text's
+key/value cache never holds a thought, so what was thought cannot be looked up later.
+"""
+
+import argparse
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from model import Cache, Mistral, load_mistral, read_config
+from thoughts import Prediction, QuietStar, load_quiet_star, sample_tokens, thinks
+from tokenizer import Tokenizer, load_tokenizer
+
+
+def nucleus(logits: Tensor, top_p: float) -> Tensor:
+    """Logits [B, V] with all but the likeliest tokens that hold probability top_p at -inf.
+
+    The token that carries the sum over top_p stays in (Holtzman et al. 2020).
+    """
+    if top_p >= 1:
+        return logits
+    p, order = torch.softmax(logits, dim=-1).sort(dim=-1, descending=True)
+    outside = p.cumsum(-1) - p >= top_p  # [B, V] what stands before a token already suffices
+    return logits.masked_fill(outside.gather(-1, order.argsort(-1)), -math.inf)
+
+
+class Step(NamedTuple):
+    """One generated token of every sequence, and what a thinking model thought before it."""
+
+    token: Tensor  # [B] int64
+    prediction: Prediction | None  # None for a plain model
+
+
+@torch.no_grad()
+def generate_steps(
+    model: Mistral | QuietStar,
+    ids: Tensor,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Iterator[Step]:
+    """Continue ids [B, T] token by token; see generate. Ends after max_new_tokens tokens."""
+    check_sampling(ids, max_new_tokens, temperature, top_p)
+    thinking = isinstance(model, QuietStar)
+    text_model = model.model if thinking else model
+    room = model.config.thought_length + 2 if thinking else 0  # for the thought at the end
+    B, T = ids.shape
+    shared = B > 1 and bool((ids == ids[:1]).all())  # samples of one prompt: read it once
+    cache = Cache(text_model, 1 if shared else B, T + max_new_tokens + room)
+    text_model.hidden_states(
+        text_model.embed_tokens(ids[:1, :-1] if shared else ids[:, :-1]), cache
+    )
+    if shared:
+        cache.repeat(B)
+
+    last = ids[:, -1]
+    for _ in range(max_new_tokens):
+        prediction = model.think_last(last, cache) if thinking else None
+        logits = prediction.logits if prediction else model(last[:, None], cache)[:, -1].float()
+        if temperature == 0:
+            last = logits.argmax(-1)
+        else:
+            uniform = torch.rand(B, generator=generator).to(ids.device)
+            last = sample_tokens(nucleus(logits / temperature, top_p), 1.0, uniform)
+        yield Step(last, prediction)
+
+
+def generate(
+    model: Mistral | QuietStar,
+    ids: Tensor,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Continue ids [B, T] int64 -> [B, T + max_new_tokens].
+
+    temperature 0 is greedy; top_p keeps the likeliest tokens that together hold this probability;
+    generator (on the CPU) makes it repeatable. A QuietStar thinks greedily before every token.
+    Raises ValueError for an empty prompt or a setting out of range.
+    """
+    steps = generate_steps(model, ids, max_new_tokens, temperature, top_p, generator)
+    return torch.cat([ids, *(step.token[:, None] for step in steps)], dim=1)
+
+
+def check_sampling(ids: Tensor, max_new_tokens: int, temperature: float, top_p: float) -> None:
+    """ValueError for a prompt or setting that cannot be sampled with."""
+    if ids.dim() != 2 or ids.shape[1] < 1:
+        raise ValueError(
+            f"the prompt has shape {tuple(ids.shape)}; it must be [B, T] with at least one token"
+        )
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 0")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}; it must be at least 0 (0 is greedy)")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}; it must be above 0 and at most 1")
+
+
+# ------------------------------------------------------------------------------ the command line
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device called `name`, or CUDA, MPS or the CPU, whichever is there first."""
+    if name is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name} cannot be used: {reason}") from None
+    return device
+
+
+def check_belongs(tokenizer: Tokenizer, vocab_size: int, folder: Path) -> None:
+    """ValueError if a model with vocab_size embeddings was not made for this tokenizer.
+
+    A few rows more than tokens are common: padding to a round number, or appended meta tokens.
+    """
+    if not tokenizer.vocab_size <= vocab_size < tokenizer.vocab_size + 256:
+        raise ValueError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens and the model "
+            f"{vocab_size}; put the tokenizer that belongs to the checkpoint into its folder"
+        )
+
+
+def load_any(folder: str | Path, device: torch.device) -> tuple[Mistral | QuietStar, Tokenizer]:
+    """The plain or thinking model in a folder (on a CPU in float32), and its tokenizer.
+
+    Raises ValueError if there is none or the two do not belong together.
+    """
+    folder = Path(folder)
+    vocab_size = read_config(folder).vocab_size
+    tokenizer = load_tokenizer(folder)
+    check_belongs(tokenizer, vocab_size, folder)
+    dtype = torch.float32 if device.type == "cpu" else None  # bfloat16 is slow on most CPUs
+    return (load_quiet_star if thinks(folder) else load_mistral)(folder, dtype, device), tokenizer
+
+
+def show_thought(step: Step, row: int, tokenizer: Tokenizer) -> str:
+    """A line on one generated token: its thought, w, and what the thought did to its log p."""
+    token, prediction = step.token[row], step.prediction
+    with_thought, without = (
+        torch.log_softmax(logits[row], dim=-1)[token].item()
+        for logits in (prediction.logits, prediction.base_logits)
+    )
+    thought = tokenizer.decode(prediction.thought_ids[row].tolist())
+    return (
+        f"{tokenizer.decode([token.item()])!r:>12}  thought {thought!r}  "
+        f"w {prediction.weight[row].item():.3f}  "
+        f"log p {without:.3f} -> {with_thought:.3f} ({with_thought - without:+.3f})"
+    )
+
+
+def execute(
+    parser: argparse.ArgumentParser,
+    run: Callable[[argparse.Namespace], None],
+    arguments: list[str] | None,
+) -> None:
+    """Run a command; a bad input is one line on standard error and exit code 2."""
+    options = parser.parse_args(arguments)
+    try:
+        run(options)
+    except ValueError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Load, continue, print."""
+    model, tokenizer = load_any(options.model, pick_device(options.device))
+    if options.show_thoughts and not isinstance(model, QuietStar):
+        raise ValueError(f"{options.model} is a plain model: it has no thoughts to show")
+    if options.samples < 1:
+        raise ValueError(f"--samples is {options.samples}; give at least 1")
+    prompt = tokenizer.encode(options.prompt, bos=tokenizer.adds_bos)
+    device = next(model.parameters()).device
+    ids = torch.tensor([prompt] * options.samples, dtype=torch.long, device=device)
+    steps = generate_steps(
+        model,
+        ids,
+        options.max_new_tokens,
+        0.0 if options.greedy else options.temperature,
+        options.top_p,
+        torch.Generator().manual_seed(options.seed),
+    )
+    finished = torch.zeros(options.samples, dtype=torch.bool, device=device)
+    written: list[list[int]] = [[] for _ in range(options.samples)]
+    for step in steps:
+        finished |= step.token == (-1 if tokenizer.eos_id is None else tokenizer.eos_id)
+        if finished.all():
+            break
+        for row in (~finished).nonzero().flatten().tolist():
+            written[row].append(step.token[row].item())
+            if options.show_thoughts:
+                print(f"sample {row + 1}  {show_thought(step, row, tokenizer)}", flush=True)
+    for tokens in written:
+        print(tokenizer.decode(prompt + tokens))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Continue a prompt, thinking if the model can.")
+    add = parser.add_argument
+    add("--model", required=True, metavar="FOLDER", help="checkpoint folder, plain or thinking")
+    add("--prompt", required=True, help="the text to continue")
+    add("--max-new-tokens", type=int, default=16, help="tokens to write (16)")
+    add("--temperature", type=float, default=1.0, help="of sampling; 0 is greedy (1.0)")
+    add("--top-p", type=float, default=1.0, help="sample among the likeliest tokens only (1.0)")
+    add("--greedy", action="store_true", help="the same as --temperature 0")
+    add("--samples", type=int, default=1, help="continuations at once (1)")
+    add("--seed", type=int, default=0, help="of the sampling (0)")
+    add("--show-thoughts", action="store_true", help="print the thought before every token")
+    add("--device", help="cpu, cuda, mps; none: the best there is")
+    execute(parser, run, arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""The start and end tokens: how they begin, how they move, that they are never written."""
+
+import pytest
+import torch
+from tiny import random_ids, tiny_mistral, tiny_quiet_star
+
+from sample import generate
+from thoughts import QuietStar, ThoughtConfig, quiet_star_loss, sample_tokens
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_both_begin_as_the_em_dash(scale):
+    mistral = tiny_mistral()
+    model = QuietStar(mistral, ThoughtConfig(init_id=7, embedding_scale=scale))
+    dash = mistral.embed_tokens.weight[7]
+    for token in (model.start_id, model.end_id):
+        assert torch.allclose(model.embed_thought(torch.tensor([token]))[0], dash, rtol=1e-6)
+    assert torch.allclose(model.start_embedding * scale, dash, rtol=1e-6)
+
+
+def test_an_adam_step_moves_them_embedding_scale_times_as_far():
+    moved = {}
+    for scale in (1.0, 100.0):
+        model = tiny_quiet_star(init_id=7, embedding_scale=scale)
+        with torch.no_grad():  # the same embeddings in use for both scales
+            model.start_embedding.copy_(torch.linspace(-1, 1, 16) / scale)
+            model.end_embedding.copy_(torch.linspace(1, -1, 16) / scale)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+        start = torch.tensor([model.start_id, model.end_id])
+        before = model.embed_thought(start).detach()
+        forced = random_ids(2 * 3 * 6, 3).view(2, 3, 6, 3)
+        loss, _ = quiet_star_loss(model(random_ids(2, 8), thought_ids=forced), model.config)
+        loss.backward()
+        optimizer.step()
+        moved[scale] = model.embed_thought(start).detach() - before
+    assert torch.allclose(moved[1.0].abs(), torch.full((2, 16), 1e-3), rtol=1e-2)
+    assert torch.allclose(moved[100.0], 100 * moved[1.0], rtol=1e-2)
+
+
+def lean_towards(model, token):
+    """Make `token` by far the likeliest everywhere."""
+    with torch.no_grad():
+        model.model.norm.weight.zero_()[0] = 1.0  # h is one number
+        h = model.model.hidden_states(model.model.embed_tokens(random_ids(1, 4, 4)))[0]
+        model.model.lm_head.weight[token, 0] = 1e4 * h[0, -1, 0].sign()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 100.0])
+def test_meta_tokens_are_never_sampled(temperature):
+    model = tiny_quiet_star(V=6, start_id=4, end_id=5, n_thoughts=50)
+    for token in (4, 5):
+        lean_towards(model, token)
+        output = model(random_ids(2, 8, 4), temperature=temperature)
+        assert output.thought_ids.max() < 4
+        assert torch.isfinite(output.thought_logp).all()
+        text = generate(model, random_ids(2, 3, 4), 8, temperature=temperature)
+        assert text.max() < 4
+
+
+def test_probability_zero_is_never_drawn():
+    """At both ends of the cumulative sum, for the smallest and the largest uniform number."""
+    logits = torch.tensor([[-1e38, 0.0, -1e38, 1.0, -1e38]]).expand(3, 5)
+    largest = 1 - 2.0**-24
+    drawn = sample_tokens(logits, 1.0, torch.tensor([0.0, 0.5, largest]))
+    assert drawn.tolist() == [1, 3, 3]
+
+
+def test_forced_pause_tokens_are_finite():
+    """The start token in place of a thought: as many tokens, no content."""
+    model = tiny_quiet_star(policy_weight=0.0)
+    forced = torch.full((1, 3, 6, 3), model.start_id)
+    loss, _ = quiet_star_loss(model(random_ids(1, 8), thought_ids=forced), model.config)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_ids_outside_the_model_are_refused():
+    with pytest.raises(ValueError, match=r"start_id is 23; the model's tokens are 0 \.\. 22"):
+        QuietStar(tiny_mistral(), ThoughtConfig(start_id=23))

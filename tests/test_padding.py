@@ -1,0 +1,49 @@
+"""Padding never changes a loss or gradient."""
+
+import pytest
+import torch
+from tiny import random_ids, tiny_quiet_star
+
+from thoughts import count_targets, quiet_star_loss
+
+
+def loss_and_gradient(model, output, counts=None):
+    model.zero_grad()
+    loss, metrics = quiet_star_loss(output, model.config, counts)
+    loss.backward()
+    return metrics, {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def same(one, other, tolerance=2e-6):
+    assert one.keys() == other.keys()
+    for name in one:
+        scale = max(1.0, one[name].abs().max().item())
+        assert (one[name] - other[name]).abs().max() < tolerance * scale, name
+
+
+@pytest.mark.parametrize("n_thoughts", [1, 3])
+def test_padding_on_the_right(n_thoughts):
+    """The same text with four arbitrary tokens behind it that are no targets."""
+    model = tiny_quiet_star(n_thoughts=n_thoughts)
+    ids = random_ids(2, 9)
+    padded = torch.cat([ids, random_ids(2, 4, seed=9)], 1)
+    mask = torch.arange(13).expand(2, 13) < 9
+    alone = loss_and_gradient(model, model(ids, temperature=0))
+    together = loss_and_gradient(model, model(padded, target_mask=mask, temperature=0))
+    for one, other in zip(alone, together, strict=True):
+        same(one, other)
+
+
+def test_sequences_of_different_lengths_are_a_batch():
+    """Texts of 6 and 9 tokens in one padded batch = the two alone with the batch's counts."""
+    model = tiny_quiet_star()
+    short, long = random_ids(1, 6), random_ids(1, 9, seed=2)
+    padded = torch.cat([torch.cat([short, torch.zeros(1, 3, dtype=torch.long)], 1), long])
+    mask = torch.arange(9) < torch.tensor([[6], [9]])
+    positions = torch.arange(7)
+    counts = count_targets(mask, positions, 2)
+    assert counts == (5 + 8, 4 + 7)
+    batch = loss_and_gradient(model, model(padded, target_mask=mask, temperature=0))
+    parts = [loss_and_gradient(model, model(text, temperature=0), counts) for text in (short, long)]
+    for whole, one, other in zip(batch, *parts, strict=True):
+        same(whole, {name: one[name] + other[name] for name in one})

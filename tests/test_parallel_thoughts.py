@@ -1,0 +1,165 @@
+"""Paper, section 4.2: all thoughts in parallel are the thoughts one would have one at a time."""
+
+import pytest
+import torch
+from tiny import random_ids, think_slowly, tiny_quiet_star
+
+from thoughts import parallel_thought_mask, text_visible, thought_attention
+
+
+@pytest.mark.parametrize("window", [None, 5, 2])
+@pytest.mark.parametrize("positions", [None, [0, 3, 4, 9, 10]])
+def test_parallel_equals_one_at_a_time(window, positions):
+    model = tiny_quiet_star(window=window)
+    ids = random_ids(2, 12)
+    positions = None if positions is None else torch.tensor(positions)
+    output = model(ids, positions=positions, temperature=0)
+    assert output.thought_ids.shape == (2, 3, len(output.positions), 3)
+    for b in range(2):
+        for index, j in enumerate(output.positions.tolist()):
+            slow = think_slowly(model, ids[b], j, None)
+            for n in range(3):
+                assert output.thought_ids[b, n, index].tolist() == slow["ids"]
+                close(output.thought_logp[b, n, index], slow["logp"])
+                targets = len(slow["nll"])
+                close(output.talk_nll[:targets, b, n, index], slow["nll"])
+                close(output.weight[:targets, b, n, index], slow["weight"])
+                assert output.valid[:, b, index].sum() == targets
+                assert not output.talk_nll[targets:, b, n, index].any()
+
+
+def close(fast, slow):
+    assert (fast - torch.stack(slow)).abs().max() < 1e-5
+
+
+def test_different_thoughts_do_not_see_each_other():
+    model = tiny_quiet_star(window=6)
+    ids = random_ids(2, 10)
+    forced = random_ids(2 * 3 * 8, 3).view(2, 3, 8, 3)
+    output = model(ids, thought_ids=forced)
+    for b in range(2):
+        for n in range(3):
+            for j in range(8):
+                slow = think_slowly(model, ids[b], j, forced[b, n, j].tolist())
+                close(output.thought_logp[b, n, j], slow["logp"])
+                close(output.talk_nll[:, b, n, j], slow["nll"])
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_thought_attention_equals_dense_mask(window):
+    """The fast attention against Figure 3 of the paper as a matrix, forward and backward."""
+    torch.manual_seed(0)
+    B, H, Hkv, Dh, T, N, steps = 2, 4, 2, 6, 7, 3, 5
+    positions = torch.tensor([0, 2, 5])
+    P = len(positions) * N
+    leaves = [torch.randn(B, heads, T, Dh, requires_grad=True) for heads in (Hkv, Hkv)]
+    own = [
+        [torch.randn(B, heads, P, Dh, requires_grad=True) for heads in (H, Hkv, Hkv)]
+        for _ in range(steps)
+    ]
+    fast = []
+    for step in range(1, steps + 1):
+        visible = text_visible(positions, step, T, window).repeat_interleave(N, 0)
+        bias = torch.zeros(P, T).masked_fill(~visible, -torch.inf)
+        chain = [(k, v) for _, k, v in own[:step]][-(window or 0) :]
+        fast.append(thought_attention(own[step - 1][0], tuple(leaves), chain, bias))
+    fast = torch.stack(fast, dim=3)  # [B, H, P, steps, Dh]
+
+    def dense(index, text):
+        rows = torch.stack([step[index] for step in own], dim=3).flatten(2, 3)
+        return torch.cat([text, rows], dim=2)  # [B, heads, T + P * steps, Dh]
+
+    q = dense(0, torch.zeros(B, H, T, Dh))
+    k, v = (dense(i + 1, leaves[i]).repeat_interleave(H // Hkv, 1) for i in (0, 1))
+    mask = parallel_thought_mask(T, positions, N, steps, window)
+    scores = (q @ k.mT / Dh**0.5).masked_fill(~mask, -torch.inf)
+    slow = (torch.softmax(scores, -1) @ v)[:, :, T:].unflatten(2, (P, steps))
+    assert (fast - slow).abs().max() < 1e-6
+
+    everything = leaves + [tensor for step in own for tensor in step]
+    direction = torch.randn_like(fast)
+    fast_gradients = torch.autograd.grad((fast * direction).sum(), everything)
+    slow_gradients = torch.autograd.grad((slow * direction).sum(), everything)
+    for fast_gradient, slow_gradient in zip(fast_gradients, slow_gradients, strict=True):
+        assert (fast_gradient - slow_gradient).abs().max() < 1e-5
+
+
+def test_mask_by_hand():
+    """T = 3, thoughts at 0 and 1, N = 1, two steps. Rows look, columns are looked at."""
+    expected = """
+        x.. .. ..
+        xx. .. ..
+        xxx .. ..
+        x.. x. ..
+        x.. xx ..
+        xx. .. x.
+        xx. .. xx
+    """
+    mask = parallel_thought_mask(3, torch.tensor([0, 1]), 1, 2)
+    assert draw(mask) == expected.replace(" ", "").split()
+
+
+def test_mask_by_hand_with_window():
+    """Window 2, T = 4, one position, two thoughts of three steps at rotary positions 3, 4, 5."""
+    expected = """
+        x... ... ...
+        xx.. ... ...
+        .xx. ... ...
+        ..xx ... ...
+        ..x. x.. ...
+        .... xx. ...
+        .... .xx ...
+        ..x. ... x..
+        .... ... xx.
+        .... ... .xx
+    """
+    mask = parallel_thought_mask(4, torch.tensor([2]), 2, 3, window=2)
+    assert draw(mask) == expected.replace(" ", "").split()
+
+
+def draw(mask):
+    return ["".join("x" if cell else "." for cell in row) for row in mask]
+
+
+def test_no_thought_at_all():
+    """K = 0 is legal: start, end and the look-ahead, nothing sampled."""
+    model = tiny_quiet_star(thought_length=0)
+    ids = random_ids(1, 8)
+    output = model(ids)
+    assert output.thought_ids.shape == (1, 3, 6, 0)
+    assert output.thought_logp.shape == (1, 3, 6, 0)
+    for j in range(6):
+        close(output.talk_nll[:, 0, 0, j], think_slowly(model, ids[0], j, None)["nll"])
+
+
+def test_same_generator_same_thoughts_and_split_batches_too():
+    model = tiny_quiet_star()
+    ids = random_ids(4, 9)
+    whole = model(ids, generator=torch.Generator().manual_seed(5)).thought_ids
+    again = model(ids, generator=torch.Generator().manual_seed(5)).thought_ids
+    generator = torch.Generator().manual_seed(5)
+    parts = [model(part, generator=generator).thought_ids for part in ids.split([1, 3])]
+    assert torch.equal(whole, again)
+    assert torch.equal(whole, torch.cat(parts))
+    other = model(ids, generator=torch.Generator().manual_seed(6)).thought_ids
+    assert not torch.equal(whole, other)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"positions": torch.tensor([7])}, "0 .. 6"),
+        ({"positions": torch.tensor([-1])}, "0 .. 6"),
+        ({"positions": torch.tensor([], dtype=torch.long)}, "at least one"),
+        ({"thought_ids": torch.zeros(1, 3, 5, 3, dtype=torch.long)}, "thought_ids has shape"),
+        ({"target_mask": torch.ones(1, 9, dtype=torch.bool)}, "target_mask has shape"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_quiet_star()(random_ids(1, 8), **arguments)
+
+
+def test_text_too_short():
+    with pytest.raises(ValueError, match="no position with 2 tokens ahead"):
+        tiny_quiet_star()(random_ids(1, 2))

@@ -1,0 +1,409 @@
+"""tokenizer.py against recorded SentencePiece results and a slow, obvious BPE.
+
+fixtures/tokenizer.model is Mistral 7B v0.1's (Apache-2.0, see tokenizer.LICENSE); the two
+mistral_v1 files were recorded with the sentencepiece library.
+"""
+
+import json
+import os
+import random
+import struct
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from tokenizer import CHAR_OF, load_tokenizer, save_byte_tokenizer
+
+FIXTURES = Path(__file__).parent / "fixtures"
+MODEL = (FIXTURES / "tokenizer.model").read_bytes()
+CONTROL_LOOKING = ["<s>", "</s>", "<unk>", "<0x41>", "<|im_start|>", "<|startofthought|>"]
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+NO_REGEX = BYTE_LEVEL | {"use_regex": False}
+DIGITS = {"type": "Digits", "individual_digits": True}
+
+
+def fixture(name):
+    return json.loads((FIXTURES / name).read_text(encoding="utf-8"))
+
+
+def spell(text):
+    return "".join(CHAR_OF[byte] for byte in text.encode())
+
+
+def split(regex, **other):
+    return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated"} | other
+
+
+def sequence(*steps):
+    return {"type": "Sequence", "pretokenizers": list(steps)}
+
+
+def merges_from(text, count):
+    """BPE training in the plainest form: the most frequent pair, again and again."""
+    words = [[CHAR_OF[byte] for byte in word.encode()] for word in text.split(" ")]
+    merges = []
+    for _ in range(count):
+        pairs = Counter(pair for word in words for pair in pairwise(word))
+        best = max(sorted(pairs), key=pairs.__getitem__)
+        merges.append(best)
+        words = [merge(word, best) for word in words]
+    return merges
+
+
+def merge(symbols, pair):
+    """Join the pair wherever it stands, from left to right."""
+    joined, i = [], 0
+    while i < len(symbols):
+        found = tuple(symbols[i : i + 2]) == pair
+        joined.append("".join(pair) if found else symbols[i])
+        i += 1 + found
+    return joined
+
+
+def slow_bpe(word, merges, vocab):
+    """Oracle: apply every merge to one word, in order. Only listed pairs are ever joined."""
+    symbols = [CHAR_OF[byte] for byte in word.encode()]
+    for pair in merges:
+        symbols = merge(symbols, pair)
+    return [vocab[symbol] for symbol in symbols]
+
+
+def write_json(folder, merges=(), pre_tokenizer=BYTE_LEVEL, added=(), document=(), model=()):
+    """A byte-level tokenizer.json with the ids in an order of their own; returns its vocab."""
+    pieces = [*CHAR_OF.values(), *dict.fromkeys("".join(pair) for pair in merges)]
+    vocab = {piece: 1000 - i for i, piece in enumerate(pieces)}
+    contents = {
+        "added_tokens": list(added),
+        "normalizer": None,
+        "pre_tokenizer": pre_tokenizer,
+        "model": {"type": "BPE", "vocab": vocab, "merges": [list(pair) for pair in merges]}
+        | dict(model),
+    } | dict(document)
+    (folder / "tokenizer.json").write_text(json.dumps(contents), encoding="utf-8")
+    return vocab
+
+
+def varint(value):
+    return bytes([value]) if value < 128 else bytes([value & 127 | 128]) + varint(value >> 7)
+
+
+def message(*fields):
+    """A protobuf message of (field number, int, float or bytes)."""
+    parts = []
+    for number, value in fields:
+        if isinstance(value, int):
+            parts += [varint(number << 3), varint(value)]
+        elif isinstance(value, float):
+            parts += [varint(number << 3 | 5), struct.pack("<f", value)]
+        else:
+            parts += [varint(number << 3 | 2), varint(len(value)), value]
+    return b"".join(parts)
+
+
+def sentencepiece_file(
+    pieces=(), trainer=((3, 2), (35, 1)), normalizer=((3, 1), (4, 0)), byte_count=256
+):
+    """A tokenizer.model: <unk>, <s>, </s>, the byte pieces, then (text, score[, type])."""
+    special = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3)]
+    special += [(f"<0x{byte:02X}>", 0.0, 6) for byte in range(byte_count)]
+    every = [*special, *((*piece, 1)[:3] for piece in pieces)]
+    parts = [message((1, text.encode()), (2, score), (3, kind)) for text, score, kind in every]
+    settings = (2, message(*trainer)), (3, message(*normalizer))
+    return message(*((1, part) for part in parts), *settings)
+
+
+def fuzz(seed, count):
+    """Strings of letters of many scripts, spaces, newlines, digits, control-looking text."""
+    rng = random.Random(seed)
+    parts = [*"abst .!'7½é—ß中文한क्षि😀", "\n", "\t", "\r", "\x1c", "\u00a0", "\u2028", "\ufffd"]
+    parts += ["  ", "    ", " the", " of", "ing", "'s", "12", "\x00", "\U0010ffff"]
+    parts += CONTROL_LOOKING
+    texts = ["".join(rng.choices(parts, k=rng.randint(0, 30))) for _ in range(count)]
+    return texts + [chr(rng.randrange(0xE000, 0x110000)) * rng.randint(1, 9) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def mistral():
+    return load_tokenizer(FIXTURES)
+
+
+@pytest.fixture
+def bytewise(tmp_path):
+    save_byte_tokenizer(tmp_path)
+    return load_tokenizer(tmp_path)
+
+
+# SentencePiece
+
+
+def test_mistral_encodes_as_sentencepiece(mistral):
+    wrong = [
+        (case["text"], mistral.encode(case["text"]))
+        for case in fixture("mistral_v1_encode.json")
+        if mistral.encode(case["text"]) != case["ids"]
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize("name", ["mistral_v1_encode.json", "mistral_v1_decode.json"])
+def test_mistral_decodes_as_sentencepiece(mistral, name):
+    wrong = [case for case in fixture(name) if mistral.decode(case["ids"]) != case["decoded"]]
+    assert not wrong
+
+
+def test_mistral_known_ids(mistral):
+    assert (mistral.vocab_size, mistral.bos_id, mistral.eos_id) == (32000, 1, 2)
+    assert mistral.token_id("—") == 28821
+    assert mistral.token_id(" —") == mistral.token_id("\u2581—") == 1040
+    assert mistral.encode("—") == [1040]
+    assert mistral.token_id("\n") == 13
+    assert mistral.encode("Hello", bos=True) == [1, 22557]
+    assert mistral.encode("") == []
+    assert mistral.encode("", bos=True) == [1]
+
+
+def test_mistral_control_pieces_never_come_from_text(mistral):
+    for text in CONTROL_LOOKING:
+        ids = mistral.encode(f"a{text} {text}")
+        assert min(ids) > 2
+        assert mistral.decode(ids) == f"a{text} {text}"
+
+
+def test_mistral_round_trip(mistral):
+    for text in fuzz(0, 500):
+        assert mistral.decode(mistral.encode(text)) == text
+
+
+def test_one_long_word_is_quick_and_exact(mistral):
+    sixteen = mistral.token_id(" " * 16)
+    assert mistral.encode(" " * (16 * 5000 - 1)) == [sixteen] * 5000
+    assert mistral.decode(mistral.encode("ab" * 50_000)) == "ab" * 50_000
+
+
+def test_characters_come_together_before_pieces(tmp_path):
+    # "é" (C3 A9) is a piece, "è" (C3 A8) is not; "ça" merges although "ç" alone is no piece.
+    pieces = [("\u2581", -9.0), ("é", -8.0), ("a", -7.0), ("ça", -1.0), ("éa", -2.0)]
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(sentencepiece_file(pieces))
+    small = load_tokenizer(path)
+    space, e_acute, a, c_cedilla_a, e_acute_a = range(259, 264)
+    assert small.encode("éaé") == [space, e_acute_a, e_acute]
+    assert small.encode("è") == [space, 3 + 0xC3, 3 + 0xA8]
+    assert small.encode("çaç") == [space, c_cedilla_a, 3 + 0xC3, 3 + 0xA7]
+    assert small.encode("\na") == [space, 3 + 10, a]
+    with pytest.raises(ValueError, match="'ç'"):
+        small.token_id("ç")
+
+
+def test_lower_score_waits(tmp_path):
+    pieces = [("\u2581", -9.0), ("a", -8.0), ("b", -8.0), ("c", -8.0), ("ab", -2.0), ("bc", -1.0)]
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(sentencepiece_file(pieces))
+    assert load_tokenizer(path).encode("abc") == [259, 260, 264]
+
+
+BAD_MODELS = {
+    "cut off": MODEL[:-3],
+    "remove_extra_whitespaces is 1": sentencepiece_file(normalizer=()),
+    "no pieces": b"",
+    "not a SentencePiece model": b"version https://git-lfs.github.com/spec/v1\n",
+    "no integer at byte 10": b"\xff" * 1000,
+    "model_type is 1": sentencepiece_file(trainer=[(35, 1)]),
+    "byte_fallback is 0": sentencepiece_file(trainer=[(3, 2)]),
+    "precompiled_charsmap": sentencepiece_file(normalizer=[(2, b"abc"), (4, 0)]),
+    "remove_extra_whitespaces": sentencepiece_file(normalizer=[(4, 1)]),
+    "add_dummy_prefix": sentencepiece_file(normalizer=[(3, 0), (4, 0)]),
+    "escape_whitespaces": sentencepiece_file(normalizer=[(4, 0), (5, 0)]),
+    "255 byte pieces": sentencepiece_file(byte_count=255),
+    "type 4": sentencepiece_file([("user", 0.0, 4)]),
+    "same score": sentencepiece_file([("ab", -1.0), ("cd", -1.0)]),
+    "inner space": sentencepiece_file([("a\u2581b", -1.0)]),
+    "newline": sentencepiece_file([("a\n", -1.0)]),
+    "unexpected contents": message((1, message((2, 0.0)))),
+}
+
+
+@pytest.mark.parametrize("reason", BAD_MODELS)
+def test_bad_sentencepiece_models(tmp_path, reason):
+    (tmp_path / "tokenizer.model").write_bytes(BAD_MODELS[reason])
+    with pytest.raises(ValueError, match=f"tokenizer.model: .*{reason}"):
+        load_tokenizer(tmp_path)
+
+
+# Byte-level BPE
+
+
+def test_byte_tokenizer(bytewise):
+    assert bytewise.vocab_size == 258
+    assert bytewise.bos_id is None and bytewise.eos_id is None
+    assert bytewise.token_id("—") == 257
+    assert bytewise.encode("a—b——\n") == [97, 257, 98, 257, 257, 10]
+    assert bytewise.encode("“") == [256, 0x9C]  # E2 80 9C begins like the em dash
+    assert bytewise.encode(" é") == [32, 0xC3, 0xA9]
+    assert bytewise.decode([257, 0xC3, 97]) == "—\ufffda"
+    for text in [*fuzz(1, 500), "".join(map(chr, range(0x2000, 0x2100)))]:
+        assert bytewise.decode(bytewise.encode(text)) == text
+
+
+def test_merges_agree_with_the_slow_bpe(tmp_path):
+    text = " ".join(case["text"] for case in fixture("mistral_v1_encode.json"))[:60_000]
+    merges = merges_from(text[:10_000], 200)
+    # The words of this pre-tokenizer are the ones that the oracle gets.
+    vocab = write_json(tmp_path, merges, sequence(split(r"[^ ]+|[ ]+"), NO_REGEX))
+    quick = load_tokenizer(tmp_path)
+    words = sorted({word for word in " ".join([text, *fuzz(2, 200)]).split(" ") if word})
+    assert len(words) > 1000
+    for word in words:
+        assert quick.encode(word) == slow_bpe(word, merges, vocab)
+
+
+def test_merges_may_be_strings_and_repeat_a_result(tmp_path):
+    merges = [("a", "b"), ("b", "c"), ("ab", "c"), ("a", "bc")]  # as in Llama 3's file
+    model = {"merges": [" ".join(pair) for pair in merges]}
+    vocab = write_json(tmp_path, merges, model=model)
+    assert load_tokenizer(tmp_path).encode("abc bc") == [
+        vocab["abc"],
+        vocab[spell(" ")],
+        vocab["bc"],
+    ]
+
+
+def test_ignore_merges_takes_a_whole_word(tmp_path):
+    vocab = write_json(tmp_path) | {"abc": 0}
+    for ignore, expected in [(False, [vocab[char] for char in "abc"]), (True, [0])]:
+        write_json(tmp_path, model={"vocab": vocab, "ignore_merges": ignore})
+        assert load_tokenizer(tmp_path).encode("abc") == expected
+
+
+# Every pair of these is listed as a merge, so tokens are exactly the pre-tokenizer's words.
+WORDS = ["a", " a", "  ", "   ", " 1", "12", "1 ", "a1", "\n ", " \n", "'s", "s1", "!1", " !", "!!"]
+
+
+@pytest.mark.parametrize(
+    "pre_tokenizer, text, expected",
+    [
+        (BYTE_LEVEL, "a  a", ["a", " ", " a"]),
+        (BYTE_LEVEL, "a   1", ["a", "  ", " 1"]),
+        (BYTE_LEVEL, "a12 \n", ["a", "12", " \n"]),
+        (BYTE_LEVEL, "a's1", ["a", "'s", "1"]),
+        (sequence(BYTE_LEVEL), "a 1", ["a", " 1"]),
+        (sequence(DIGITS, BYTE_LEVEL), "a   1", ["a", "   ", "1"]),
+        (sequence(DIGITS, BYTE_LEVEL), "a 12  a1 ", ["a", " ", "1", "2", " ", " a", "1", " "]),
+        (sequence(DIGITS, BYTE_LEVEL), "1   a", ["1", "  ", " a"]),
+        (sequence(DIGITS, BYTE_LEVEL), " !1!! \n1", [" !", "1", "!!", " \n", "1"]),
+        (sequence(split(r"\d| ?[a-z]+"), NO_REGEX), "12 a!! a", ["1", "2", " a", "!!", " a"]),
+        (sequence(split(r"a|\s+(?!\S)|\s+"), NO_REGEX), "a   1", ["a", "  ", " ", "1"]),
+    ],
+)
+def test_pre_tokenizers(tmp_path, pre_tokenizer, text, expected):
+    pairs = {
+        (spell(word[:i]), spell(word[i:]))
+        for word in WORDS
+        for i in range(1, len(word))
+        if word[:i] in WORDS or i == 1
+    }
+    write_json(tmp_path, sorted(pairs, key=lambda pair: len("".join(pair))), pre_tokenizer)
+    small = load_tokenizer(tmp_path)
+    assert [small.decode([token]) for token in small.encode(text)] == expected
+
+
+def test_added_tokens(tmp_path):
+    added = [
+        {"id": 2000, "content": "<|im_start|>", "special": True},
+        {"id": 2001, "content": "<tool>", "special": False},
+    ]
+    write_json(tmp_path, added=added)
+    (tmp_path / "config.json").write_text('{"bos_token_id": 2000, "eos_token_id": [7, 8]}')
+    small = load_tokenizer(tmp_path)
+    assert (small.vocab_size, small.bos_id, small.eos_id) == (2002, 2000, 7)
+    text = "a<|im_start|><tool>"
+    assert max(small.encode(text)) < 2000 and small.decode(small.encode(text)) == text
+    assert small.decode([2000, 2001, *small.encode("!")]) == "<tool>!"
+    assert small.encode("", bos=True) == [2000]
+
+
+def test_a_byte_without_a_token_is_dropped(tmp_path):
+    vocab = write_json(tmp_path)
+    vocab.pop(CHAR_OF[4])
+    write_json(tmp_path, model={"vocab": vocab})
+    small = load_tokenizer(tmp_path)
+    assert small.decode(small.encode("a\x04b")) == "ab"
+
+
+BAD_JSON = {
+    "model type WordPiece": {"model": {"type": "WordPiece"}},
+    "byte_fallback": {"model": {"byte_fallback": True}},
+    "end_of_word_suffix": {"model": {"end_of_word_suffix": "</w>"}},
+    "NFC": {"document": {"normalizer": {"type": "NFC"}}},
+    "pre_tokenizer is None": {"pre_tokenizer": None},
+    "Metaspace": {"pre_tokenizer": {"type": "Metaspace"}},
+    "'add_prefix_space': True": {"pre_tokenizer": BYTE_LEVEL | {"add_prefix_space": True}},
+    "'use_regex': False": {"pre_tokenizer": NO_REGEX},
+    "'individual_digits': False": {
+        "pre_tokenizer": sequence(DIGITS | {"individual_digits": False}, BYTE_LEVEL)
+    },
+    "Removed": {"pre_tokenizer": sequence(split("a", behavior="Removed"), NO_REGEX)},
+    "'invert': True": {"pre_tokenizer": sequence(split("a", invert=True), NO_REGEX)},
+    "String": {"pre_tokenizer": sequence(split("") | {"pattern": {"String": "a"}}, NO_REGEX)},
+    "unexpected contents .*'ab'": {"model": {"merges": ["a b"]}},
+    "unexpected contents": {"document": {"model": None}},
+}
+
+
+@pytest.mark.parametrize("reason", BAD_JSON)
+def test_bad_tokenizer_json(tmp_path, reason):
+    write_json(tmp_path, **BAD_JSON[reason])
+    with pytest.raises(ValueError, match=f"tokenizer.json: .*{reason}"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("contents", [b"{", b"\xff", b""])
+def test_broken_json(tmp_path, contents):
+    (tmp_path / "tokenizer.json").write_bytes(contents)
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not JSON"):
+        load_tokenizer(tmp_path)
+
+
+# Both
+
+
+def test_where_the_file_is_looked_for(tmp_path):
+    with pytest.raises(ValueError, match=r"neither a tokenizer\.model nor a tokenizer\.json"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match="nowhere does not exist"):
+        load_tokenizer(tmp_path / "nowhere")
+    save_byte_tokenizer(tmp_path)
+    assert load_tokenizer(str(tmp_path)).vocab_size == 258
+    (tmp_path / "tokenizer.model").write_bytes(MODEL)
+    assert load_tokenizer(tmp_path).vocab_size == 32000
+    assert load_tokenizer(tmp_path / "tokenizer.json").vocab_size == 258
+
+
+def test_errors_in_use(mistral, bytewise):
+    for bad in (-1, 32000):
+        with pytest.raises(ValueError, match=f"id {bad} .* 0 to 31999"):
+            mistral.decode([22557, bad])
+    with pytest.raises(ValueError, match=r"id 258 .* 0 to 257"):
+        bytewise.decode([258])
+    for text in ("", "—a", "<s>", "<0x0A>"):
+        with pytest.raises(ValueError, match=f"exactly the text '{text}'"):
+            mistral.token_id(text)
+    with pytest.raises(ValueError, match="no token for a beginning"):
+        bytewise.encode("a", bos=True)
+
+
+@pytest.mark.slow
+def test_smollm2():
+    folder = os.environ.get("QUIET_STAR_SMOLLM2")
+    if not folder:
+        pytest.skip("set QUIET_STAR_SMOLLM2 to a folder with SmolLM2-135M-Instruct")
+    smollm2 = load_tokenizer(folder)
+    assert (smollm2.vocab_size, smollm2.bos_id, smollm2.eos_id) == (49152, 1, 2)
+    for prompt in fixture("smollm2_logits.json")["prompts"]:
+        ids = smollm2.encode(prompt["text"])
+        assert min(ids) > 16  # 0..16 are the special tokens
+        assert smollm2.decode(ids) == prompt["text"]
+        if min(prompt["ids"]) > 16:  # the original makes special tokens from a text's "<|...|>"
+            assert ids == prompt["ids"]

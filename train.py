@@ -1,0 +1,469 @@
+"""Train Quiet-STaR.
+
+    python train.py                                        the embedded corpus: minutes on a laptop
+    python train.py --checkpoint FOLDER --data FILE ...    a pretrained model, text of your own
+
+Without --checkpoint a small base model is trained first, on puzzles that mostly explain themselves,
+then Quiet-STaR on puzzles that mostly do not (data.py), and the run ends with a table of what the
+thoughts are worth. With it, Quiet-STaR continues from the checkpoint with the paper's settings.
+
+A run is a folder: settings.json, metrics.jsonl, and a checkpoint per stage (base/, quiet_star/)
+that holds weights, tokenizer and all that --resume needs to continue with exactly the same losses.
+"""
+
+import argparse
+import inspect
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from types import UnionType
+from typing import get_args, get_origin
+
+# Threads that wait must sleep, not spin: beside another program spinning costs many times the work.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import data
+import eval as evaluation
+from model import Mistral, MistralConfig, load_mistral, read_json, save_mistral, write_json
+from sample import check_belongs, execute, pick_device
+from thoughts import (
+    QuietStar,
+    ThoughtConfig,
+    check_settings,
+    count_targets,
+    load_quiet_star,
+    quiet_star_loss,
+    save_quiet_star,
+)
+from tokenizer import load_tokenizer, save_byte_tokenizer
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run does. The defaults are the paper's, for Mistral 7B."""
+
+    checkpoint: str | None = None  # folder of a pretrained model; none: the embedded corpus
+    data: tuple[str, ...] = ()  # text files, or .jsonl with "text" or "question" and "answer"
+    seed: int = 0  # of weights, batches and thoughts
+    steps: int = 100  # optimiser steps of Quiet-STaR
+    batch_size: int = 8  # sequences per optimiser step
+    micro_batch: int | None = None  # sequences at once, to save memory; none: the whole batch
+    context: int = 256  # tokens in a sequence (T)
+    positions: int | None = None  # positions that think, drawn anew every step (J); none: all
+    lr: float = 1e-6  # learning rate of AdamW
+    mixing_lr: float | None = None  # that of the mixing head; none: the same
+    warmup: int = 20  # steps in which the learning rate rises to lr, constant afterwards
+    weight_decay: float = 1e-3  # of AdamW
+    clip: float = 1.0  # largest norm of the gradient
+    save_every: int = 50  # steps between checkpoints
+    base_steps: int = 0  # embedded corpus: optimiser steps of the base model, before Quiet-STaR
+
+    def __post_init__(self):
+        allowed = {
+            "steps": (self.steps >= 0, "at least 0"),
+            "batch_size": (self.batch_size >= 1, "at least 1"),
+            "micro_batch": (self.micro_batch is None or self.micro_batch >= 1, "at least 1"),
+            "context": (self.context >= 2, "at least 2"),
+            "positions": (self.positions is None or self.positions >= 1, "at least 1"),
+            "lr": (0 < self.lr < math.inf, "positive"),
+            "mixing_lr": (self.mixing_lr is None or 0 < self.mixing_lr < math.inf, "positive"),
+            "warmup": (self.warmup >= 0, "at least 0"),
+            "weight_decay": (self.weight_decay >= 0, "at least 0"),
+            "clip": (self.clip > 0, "positive"),
+            "save_every": (self.save_every >= 1, "at least 1"),
+            "base_steps": (self.base_steps >= 0, "at least 0"),
+        }
+        check_settings(self, allowed)
+
+
+# What differs on the embedded corpus: embeddings and rates of a model that is 128 wide.
+EMBEDDED = {"steps": 150, "context": 64, "lr": 5e-4, "mixing_lr": 1e-3, "base_steps": 500}
+EMBEDDED_THOUGHTS = {
+    "thought_length": data.ASIDE,
+    "n_true": 2,
+    "embedding_scale": 1.0,
+    "reinforce_temperature": 1.0,
+    "policy_weight": 5.0,
+}
+
+BASE = MistralConfig(258, 128, 352, 2, 4, 2)  # 0.4 M parameters over bytes and the em dash
+BASE_BATCH, BASE_LR = 32, 3e-3
+BASE_EXPLAINED, EXPLAINED = 0.8, 0.1  # share of lines with an aside, before and during Quiet-STaR
+CORPUS_LINES = 40_000
+EM_DASH = "—"  # what start and end begin as
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
+
+
+# ------------------------------------------------------------------------------------- one step
+
+
+def split(ids: Tensor, mask: Tensor, size: int | None) -> list[tuple[Tensor, Tensor]]:
+    """A batch [B, T] in micro-batches of at most `size` sequences."""
+    size = size or len(ids)
+    return list(zip(ids.split(size), mask.split(size), strict=True))
+
+
+def language_step(model, ids, mask, settings, generator) -> dict[str, Tensor]:
+    """Gradient of the plain language-model loss, the mean nll of a batch's targets in nats."""
+    total: dict[str, Tensor] = {}
+    for part, targets in split(ids, mask, settings.micro_batch):
+        nll = F.cross_entropy(
+            model(part)[:, :-1].flatten(0, 1), part[:, 1:].flatten(), reduction="none"
+        )
+        loss = (nll * targets[:, 1:].flatten()).sum() / mask[:, 1:].sum()
+        loss.backward()
+        add(total, {"loss": loss.detach()})
+    return total
+
+
+def quiet_star_step(model, ids, mask, settings, generator) -> dict[str, Tensor]:
+    """Gradient of the Quiet-STaR loss of a batch, and its metrics.
+
+    However the batch is split they are the same: thoughts' randomness is drawn sequence by
+    sequence, and every part divides by the counts of the whole batch.
+    """
+    A, positions = model.config.n_true, None
+    thinking = torch.arange(ids.shape[1] - A)
+    if settings.positions is not None:
+        shuffled = torch.randperm(len(thinking), generator=generator)
+        thinking = positions = thinking[shuffled[: settings.positions]].sort().values
+    counts = count_targets(mask, thinking.to(ids.device), A)
+    total: dict[str, Tensor] = {}
+    for part, targets in split(ids, mask, settings.micro_batch):
+        output = model(part, positions=positions, target_mask=targets, generator=generator)
+        loss, metrics = quiet_star_loss(output, model.config, counts)
+        loss.backward()
+        add(total, metrics)
+    return total
+
+
+def add(total: dict[str, Tensor], part: dict[str, Tensor]) -> None:
+    """Add a micro-batch's metrics to those of the batch."""
+    for name, value in part.items():
+        total[name] = total.get(name, 0) + value
+
+
+# ------------------------------------------------------------------------------------- the loop
+
+
+@dataclass
+class Stage:
+    """Something to train: the base model, or Quiet-STaR on top of it."""
+
+    name: str  # of its folder in the run
+    model: nn.Module
+    steps: int
+    optimizer: torch.optim.Optimizer
+    rate: Callable[[int], float]  # step -> factor on every learning rate
+    batch: Callable[[int], tuple[Tensor, Tensor]]  # step -> ids and target mask [B, T]
+    step: Callable[..., dict[str, Tensor]]  # adds gradients, returns metrics
+    save: Callable[[Path], None]  # writes the model into a folder
+    tokenizer: Path  # folder whose tokenizer goes into every checkpoint
+
+
+def train_stage(stage: Stage, settings: Settings, run: Path) -> None:
+    """Train a stage to its end, from its checkpoint in the run's folder if there is one."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    rates = [group["lr"] for group in stage.optimizer.param_groups]
+    start = restore(stage, generator, run / stage.name)
+    trim_metrics(run / "metrics.jsonl", stage.name, start)
+    clock = began = time.perf_counter()
+    for step in range(start, stage.steps):
+        for group, rate in zip(stage.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * stage.rate(step)
+        ids, mask = stage.batch(step)
+        stage.optimizer.zero_grad()
+        totals = stage.step(stage.model, ids, mask, settings, generator)
+        norm = nn.utils.clip_grad_norm_(stage.model.parameters(), settings.clip)
+        metrics = {name: value.item() for name, value in (totals | {"grad_norm": norm}).items()}
+        if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
+            raise ValueError(
+                f"step {step} of {stage.name}: loss {metrics['loss']}, gradient norm "
+                f"{metrics['grad_norm']}; the last checkpoint is kept; try a smaller --lr"
+            )
+        stage.optimizer.step()
+        now = time.perf_counter()
+        metrics |= {"tokens_per_second": ids.numel() / (now - clock), "lr": group["lr"]}
+        clock = now
+        left = (now - began) / (step + 1 - start) * (stage.steps - step - 1)
+        log(run / "metrics.jsonl", stage, step + 1, metrics, left)
+        if (step + 1) % settings.save_every == 0 or step + 1 == stage.steps:
+            save_checkpoint(stage, step + 1, generator, run / stage.name)
+
+
+def log(path: Path, stage: Stage, step: int, metrics: dict[str, float], left: float) -> None:
+    """Append a line to metrics.jsonl and renew the status line; `left` in seconds."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"stage": stage.name, "step": step, **metrics}) + "\n")
+    gain = f"  reward {metrics['reward']:+.4f}" if "reward" in metrics else ""
+    line = (
+        f"{stage.name} {step}/{stage.steps}  loss {metrics['loss']:.4f}{gain}  "
+        f"{metrics['tokens_per_second']:.0f} tokens/s  {left:.0f} s left"
+    )
+    if sys.stdout.isatty():
+        print(f"\r{line:<90}", end="\n" if step == stage.steps else "", flush=True)
+    elif step % max(stage.steps // 10, 1) == 0 or step == stage.steps:
+        print(line, flush=True)
+
+
+def trim_metrics(path: Path, stage: str, step: int) -> None:
+    """Drop metrics that a resumed run will write again: those of this stage after `step`."""
+    if not path.exists():
+        return
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    kept = [line for line in lines if line["stage"] != stage or line["step"] <= step]
+    path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
+
+def save_checkpoint(stage: Stage, step: int, generator: torch.Generator, folder: Path) -> None:
+    """Write the stage's folder beside the old one, then put it in its place.
+
+    The data position is the step: batches are a function of it.
+    """
+    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    stage.save(new)
+    for name in TOKENIZER_FILES:
+        if (stage.tokenizer / name).exists():
+            shutil.copy(stage.tokenizer / name, new / name)
+    state = {
+        "step": step,
+        "optimizer": stage.optimizer.state_dict(),
+        "generator": generator.get_state(),
+    }
+    torch.save(state, new / "training_state.pt")
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(new, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def restore(stage: Stage, generator: torch.Generator, folder: Path) -> int:
+    """Give optimiser and generator the state of a checkpoint; return its step, 0 without one."""
+    if not (folder / "training_state.pt").exists():
+        return 0
+    state = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
+    stage.optimizer.load_state_dict(state["optimizer"])
+    generator.set_state(state["generator"])
+    return state["step"]
+
+
+# ------------------------------------------------------------------------------------- the runs
+
+
+def constant_after(warmup: int) -> Callable[[int], float]:
+    """Paper: appendix. The learning rate rises linearly for `warmup` steps, then stays."""
+    return lambda step: min(1.0, (step + 1) / max(warmup, 1))
+
+
+def cosine(steps: int, warmup: int = 50) -> Callable[[int], float]:
+    """Rises for `warmup` steps and falls to 0 at `steps` along a cosine."""
+    return lambda step: min(1.0, (step + 1) / warmup) * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+def checkpoint_of(folder: Path) -> Path | None:
+    """The folder if it holds a checkpoint; puts back one that was about to be replaced."""
+    old = folder.with_name(folder.name + ".old")
+    if not folder.exists() and old.exists():
+        os.replace(old, folder)
+    return folder if folder.exists() else None
+
+
+def base_stage(settings: Settings, run: Path, device: torch.device) -> Stage:
+    """The embedded corpus' base model: a plain language model of lines that explain themselves."""
+    torch.manual_seed(settings.seed)
+    checkpoint = checkpoint_of(run / "base")
+    model = (load_mistral(checkpoint) if checkpoint else Mistral(BASE)).to(device)
+    text = data.make_corpus(settings.seed, CORPUS_LINES, BASE_EXPLAINED)
+    tokens = data.tokenize([text], load_tokenizer(run))
+    weights = [{"params": list(model.parameters()), "lr": BASE_LR}]
+    return Stage(
+        name="base",
+        model=model,
+        steps=settings.base_steps,
+        optimizer=torch.optim.AdamW(weights, weight_decay=settings.weight_decay),
+        rate=cosine(settings.base_steps),
+        batch=lambda step: tokens.batch(step, BASE_BATCH, settings.context, settings.seed, device),
+        step=language_step,
+        save=lambda folder: save_mistral(model, folder),
+        tokenizer=run,
+    )
+
+
+def quiet_star_stage(
+    settings: Settings, thoughts: ThoughtConfig, run: Path, device: torch.device
+) -> Stage:
+    """Quiet-STaR, on the embedded corpus or on text of the user's."""
+    torch.manual_seed(settings.seed)
+    source = Path(settings.checkpoint or run / "base")
+    tokenizer = load_tokenizer(source)
+    checkpoint = checkpoint_of(run / "quiet_star")
+    if checkpoint:
+        model = load_quiet_star(checkpoint)
+    else:
+        base = load_mistral(source, dtype=torch.float32)
+        check_belongs(tokenizer, base.config.vocab_size, source)
+        model = QuietStar(base, replace(thoughts, init_id=tokenizer.token_id(EM_DASH)))
+    model.to(device)
+    if settings.data:
+        documents = data.read_documents(settings.data)
+    else:
+        documents = [data.make_corpus(settings.seed + 1, CORPUS_LINES, EXPLAINED)]
+    tokens = data.tokenize(documents, tokenizer)
+
+    head = list(model.mixing_head.parameters())
+    rest = [p for name, p in model.named_parameters() if not name.startswith("mixing_head.")]
+    weights = [
+        {"params": rest, "lr": settings.lr},
+        {"params": head, "lr": settings.mixing_lr or settings.lr},
+    ]
+    B, T = settings.batch_size, settings.context
+    return Stage(
+        name="quiet_star",
+        model=model,
+        steps=settings.steps,
+        optimizer=torch.optim.AdamW(weights, weight_decay=settings.weight_decay),
+        rate=constant_after(settings.warmup),
+        batch=lambda step: tokens.batch(step, B, T, settings.seed, device),
+        step=quiet_star_step,
+        save=lambda folder: save_quiet_star(model, folder),
+        tokenizer=source,
+    )
+
+
+def start_run(given: dict) -> tuple[Settings, ThoughtConfig, Path]:
+    """Settings and folder of a new run, or of the one to resume.
+
+    Defaults are the paper's, or those of the embedded corpus without a checkpoint; `given` are the
+    options of the command line.
+    """
+    out, resume = given.pop("out", None), given.pop("resume")
+    if resume:
+        return resume_run(out, given)
+    run = Path(out) if out else first_free_run(Path("runs"))
+    if run.exists() and any(run.iterdir()):
+        raise ValueError(f"{run} is not empty; give another --out, or --resume to continue it")
+    names = {field.name for field in fields(Settings)}
+    options = {name: value for name, value in given.items() if name in names}
+    thought_options = {name: value for name, value in given.items() if name not in names}
+    embedded = "checkpoint" not in options
+    if embedded == ("data" in options):
+        raise ValueError("--checkpoint and --data go together; give both, or none of them")
+    settings = Settings(**(EMBEDDED if embedded else {}) | options)
+    thoughts = ThoughtConfig(**(EMBEDDED_THOUGHTS if embedded else {}) | thought_options)
+    if thoughts.n_true >= settings.context:
+        raise ValueError(f"n_true ({thoughts.n_true}) must be below context ({settings.context})")
+    if not embedded and settings.base_steps:
+        raise ValueError("--base-steps belongs to the embedded corpus; leave it out here")
+    return settings, thoughts, run
+
+
+def resume_run(out: str | None, given: dict) -> tuple[Settings, ThoughtConfig, Path]:
+    """Settings and folder of a run to continue."""
+    if out is None:
+        raise ValueError("--resume needs --out, the folder of the run to continue")
+    if given:
+        raise ValueError(
+            f"--resume continues with the run's own settings; leave out {sorted(given)}"
+        )
+    saved = read_json(Path(out) / "settings.json")
+    saved["settings"]["data"] = tuple(saved["settings"]["data"])
+    return Settings(**saved["settings"]), ThoughtConfig(**saved["thoughts"]), Path(out)
+
+
+def write_settings(settings: Settings, thoughts: ThoughtConfig, run: Path) -> None:
+    """Make the run's folder, with what --resume needs to know in it."""
+    run.mkdir(parents=True, exist_ok=True)
+    write_json(run / "settings.json", {"settings": asdict(settings), "thoughts": asdict(thoughts)})
+
+
+def first_free_run(folder: Path) -> Path:
+    """runs/1, runs/2, ...: a run never overwrites another."""
+    number = 1
+    while (folder / str(number)).exists():
+        number += 1
+    return folder / str(number)
+
+
+def execute_run(options: argparse.Namespace) -> None:
+    """Train what the options ask for; on the embedded corpus, end with the table."""
+    given = dict(vars(options))
+    device = pick_device(given.pop("device"))
+    settings, thoughts, run = start_run(given)
+    if settings.checkpoint:
+        stage = quiet_star_stage(settings, thoughts, run, device)  # reads all inputs first
+        write_settings(settings, thoughts, run)
+        train_stage(stage, settings, run)
+    else:
+        write_settings(settings, thoughts, run)
+        save_byte_tokenizer(run)
+        tokenizer = load_tokenizer(run)
+        base = base_stage(settings, run, device)
+        train_stage(base, settings, run)
+        tables = {"base model": evaluation.puzzle_table(base.model, tokenizer)}
+        stage = quiet_star_stage(settings, thoughts, run, device)
+        train_stage(stage, settings, run)
+        tables["Quiet-STaR"] = evaluation.puzzle_table(stage.model, tokenizer)
+        print(evaluation.show_puzzles(tables))
+    print(f"the model is in {run / 'quiet_star'}")
+
+
+# ------------------------------------------------------------------------------ the command line
+
+
+def comments(settings: type) -> dict[str, str]:
+    """The comment behind each field of a dataclass: it is the option's help text."""
+    return dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(settings), re.MULTILINE))
+
+
+def add_settings(parser: argparse.ArgumentParser, settings: type, embedded: dict) -> None:
+    """One option per field of a dataclass; absent from the result unless it was given."""
+    group = parser.add_argument_group(settings.__name__, settings.__doc__)
+    help_texts = comments(settings)
+    for field in fields(settings):
+        if field.name == "init_id":  # looked up in the tokenizer
+            continue
+        optional = isinstance(field.type, UnionType)
+        kind = get_args(field.type)[0] if optional else get_origin(field.type) or field.type
+        default = "" if field.default in (None, ()) else f"{field.default}"
+        if field.name in embedded:
+            default += f"; embedded corpus: {embedded[field.name]}"
+        options: dict = {"default": argparse.SUPPRESS, "help": help_texts[field.name]}
+        options["help"] += f" ({default.removeprefix('; ')})" if default else ""
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif kind is tuple:
+            options |= {"nargs": "+", "metavar": "FILE"}
+        else:
+            options |= {"type": kind, "metavar": {int: "N", float: "X", str: "FOLDER"}[kind]}
+        group.add_argument("--" + field.name.replace("_", "-"), **options)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--out", metavar="FOLDER", help="folder of the run; none: runs/1, runs/2, ...")
+    add("--resume", action="store_true", help="continue the run in --out")
+    add("--device", help="cpu, cuda, mps; none: the best there is")
+    add_settings(parser, Settings, EMBEDDED)
+    add_settings(parser, ThoughtConfig, EMBEDDED_THOUGHTS)
+    execute(parser, execute_run, arguments)
+
+
+if __name__ == "__main__":
+    main()
