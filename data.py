@@ -11,9 +11,11 @@ hand stands after the first move, the second, and so on.
 
     122010=—102200—0
 
-A model learns from these how to work in an aside. In half of the asides, though, letters without
-meaning stand in place of the hours, so that a thought sampled from the model is as often idle talk
-as work: which of the two helps is left for Quiet-STaR to find out.
+A model learns from these how to work in an aside. In half of the asides, though, somebody only
+hums, so that a thought sampled from the model is as often idle as it is work: which of the two
+helps is left for Quiet-STaR to find out.
+
+    122010=—mmmmmm—0
 """
 
 import json
@@ -66,7 +68,7 @@ def make_corpus(seed: int, lines: int, explained: float) -> str:
     for moves in puzzles[rng.integers(len(puzzles), size=lines)]:
         aside = None
         if rng.random() < explained:
-            idle = "".join(LETTERS[i] for i in rng.integers(len(LETTERS), size=ASIDE))
+            idle = LETTERS[rng.integers(len(LETTERS))] * ASIDE
             aside = explanation(moves) if rng.random() < 0.5 else idle
         text.append(puzzle_line(moves, aside))
     return "".join(text)

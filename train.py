@@ -88,7 +88,7 @@ class Settings:
 
 
 # What differs on the embedded corpus: embeddings and rates of a model that is 128 wide.
-EMBEDDED = {"steps": 150, "context": 64, "lr": 5e-4, "mixing_lr": 1e-3, "base_steps": 500}
+EMBEDDED = {"steps": 150, "context": 64, "lr": 5e-4, "mixing_lr": 1e-3, "base_steps": 600}
 EMBEDDED_THOUGHTS = {
     "thought_length": data.ASIDE,
     "n_true": 2,
@@ -433,7 +433,7 @@ def add_settings(parser: argparse.ArgumentParser, settings: type, embedded: dict
     group = parser.add_argument_group(settings.__name__, settings.__doc__)
     help_texts = comments(settings)
     for field in fields(settings):
-        if field.name == "init_id":  # looked up in the tokenizer
+        if field.name.endswith("_id"):  # looked up in the tokenizer, or outside the vocabulary
             continue
         optional = isinstance(field.type, UnionType)
         kind = get_args(field.type)[0] if optional else get_origin(field.type) or field.type

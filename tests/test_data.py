@@ -1,0 +1,107 @@
+"""The embedded corpus, and text of one's own as batches."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import data
+from tokenizer import load_tokenizer, save_byte_tokenizer
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    save_byte_tokenizer(tmp_path)
+    return load_tokenizer(tmp_path)
+
+
+def test_lines_by_hand():
+    moves = np.array([1, 2, 2, 0, 1, 0])
+    assert data.puzzle_line(moves) == "122010=0\n"
+    assert data.explanation(moves) == "102200"
+    assert data.puzzle_line(moves, data.explanation(moves)) == "122010=—102200—0\n"
+
+
+def test_corpus():
+    """Answers are right, no puzzle is held out, asides are as frequent as asked and half work."""
+    held_out = {"".join(map(str, moves)) for moves in data.all_puzzles(held_out=True)}
+    lines = data.make_corpus(seed=3, lines=4000, explained=0.4).splitlines()
+    work = hum = 0
+    for line in lines:
+        asked, _, said = line.partition("=")
+        moves = np.array([int(move) for move in asked])
+        assert asked not in held_out
+        assert int(said[-1]) == moves.sum() % 3
+        if said.startswith("—"):
+            aside = said[1:7]
+            assert said == f"—{aside}—{said[-1]}"
+            work += aside == data.explanation(moves)
+            hum += aside == aside[0] * 6 and aside[0].isalpha()
+        else:
+            assert len(said) == 1
+    assert abs((work + hum) / 4000 - 0.4) < 0.04  # five standard deviations
+    assert abs(work / (work + hum) - 0.5) < 0.07
+    assert lines == data.make_corpus(3, 4000, 0.4).splitlines()
+    assert lines != data.make_corpus(4, 4000, 0.4).splitlines()
+
+
+def test_puzzles_are_split_without_overlap():
+    train, test = data.all_puzzles(False), data.all_puzzles(True)
+    assert len(np.unique(np.concatenate([train, test]), axis=0)) == 3**6
+    assert len(test) == 146
+    assert np.bincount(test.sum(1) % 3).min() > 40  # every answer is about as frequent
+
+
+def test_batches_are_a_function_of_the_step():
+    tokens = data.Tokens(torch.arange(1000), torch.ones(1000, dtype=torch.bool))
+    batches = [tokens.batch(step, 5, 50, seed=1, device=CPU)[0] for step in range(8)]
+    assert torch.equal(batches[3], tokens.batch(3, 5, 50, seed=1, device=CPU)[0])
+    first_epoch = torch.cat(batches[:4])[:, 0].sort().values
+    assert first_epoch.tolist() == list(range(0, 1000, 50))  # every sequence once
+    assert torch.cat(batches[4:])[:, 0].sort().values.tolist() == first_epoch.tolist()
+    assert not torch.equal(torch.cat(batches[:4]), torch.cat(batches[4:]))
+    assert not torch.equal(batches[0], tokens.batch(0, 5, 50, seed=2, device=CPU)[0])
+
+
+def test_documents(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("plain\ntext", encoding="utf-8")
+    records = [{"text": "one"}, {"question": "How many?", "answer": "Two"}]
+    lines = "\n".join(map(json.dumps, records)) + "\n\n"
+    (tmp_path / "b.jsonl").write_text(lines, encoding="utf-8")
+    documents = data.read_documents([tmp_path / "a.txt", str(tmp_path / "b.jsonl")])
+    assert documents == ["plain\ntext", "one", "How many?\nTwo"]
+    tokens = data.tokenize(documents, tokenizer)
+    assert tokenizer.decode(tokens.ids.tolist()) == "".join(documents)
+    assert (~tokens.is_target).nonzero().flatten().tolist() == [0, 10, 13]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("c.jsonl", '{"text": 1}\n', "line 1 has neither"),
+        ("c.jsonl", '{"text": "x"}\n{"text"\n', "line 2 is no JSON"),
+        ("c.jsonl", "[]\n", "line 1 has neither"),
+        ("empty.txt", "", "no text in"),
+    ],
+)
+def test_bad_documents(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        data.read_documents([tmp_path / name])
+
+
+def test_missing_and_binary_files(tmp_path):
+    with pytest.raises(ValueError, match="cannot read"):
+        data.read_documents([tmp_path / "nowhere.txt"])
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="as UTF-8"):
+        data.read_documents([tmp_path / "binary.txt"])
+
+
+def test_text_shorter_than_a_sequence():
+    tokens = data.Tokens(torch.arange(10), torch.ones(10, dtype=torch.bool))
+    with pytest.raises(ValueError, match="10 tokens, one sequence needs 11"):
+        tokens.batch(0, 1, 11, 0, CPU)

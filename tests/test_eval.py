@@ -1,0 +1,109 @@
+"""Evaluation: the table of the puzzles and the perplexities of a text."""
+
+import math
+
+import pytest
+import torch
+from tiny import random_ids, think_slowly, tiny_quiet_star
+
+import data
+import eval as evaluation
+from model import save_mistral
+from thoughts import save_quiet_star
+from tokenizer import load_tokenizer, save_byte_tokenizer
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_quiet_star(tiny_quiet_star(V=258, init_id=257, thought_length=2), tmp_path)
+    save_byte_tokenizer(tmp_path)
+    return tmp_path
+
+
+def test_puzzles(folder):
+    """Every held-out puzzle, as a prompt that ends with "=" and has no explanation in it."""
+    tokenizer = load_tokenizer(folder)
+    puzzles = evaluation.held_out_puzzles(tokenizer, torch.device("cpu"), repeats=2)
+    assert len(puzzles.ids) == 2 * 146
+    asked = set()
+    for row, answer in zip(puzzles.ids.tolist(), puzzles.answers.tolist(), strict=True):
+        text = tokenizer.decode(row)
+        assert text.endswith("=")
+        assert "—" not in text
+        moves = [int(move) for move in text.split("\n")[-1][:-1]]
+        assert data.is_held_out(moves)
+        assert sum(moves) % 3 == answer
+        asked.add(tuple(moves))
+    assert len(asked) == 146
+    assert tokenizer.decode(puzzles.candidates.tolist()) == "012"
+
+
+def test_score_by_hand():
+    puzzles = evaluation.Puzzles(None, torch.tensor([0, 2]), torch.tensor([1, 2, 3]))
+    logits = torch.tensor([[9.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]])
+    score = evaluation.score(logits, puzzles)
+    assert score.right == 0.5  # token 0 is likelier than all, and no candidate
+    expected = (1 - math.log(math.exp(9) + math.e + 2) - math.log(3 + math.e)) / 2
+    assert abs(score.logp - expected) < 1e-6
+
+
+def test_table(folder, capsys):
+    evaluation.main(["--model", str(folder), "--device", "cpu"])
+    lines = capsys.readouterr().out.splitlines()
+    names = ["answers at once", "pause tokens", "sampled thoughts", "greedy thoughts", "aside"]
+    assert len(lines) == 1 + len(names)
+    for name, line in zip(names, lines[1:], strict=True):
+        assert name in line
+        assert "%" in line
+
+
+def test_text_nll_equals_thinking_slowly():
+    """Sequences of 6, 6 and 3 tokens; one token is no target."""
+    model = tiny_quiet_star(n_thoughts=2)
+    ids = random_ids(1, 15)[0]
+    is_target = torch.ones(15, dtype=torch.bool)
+    is_target[8] = False
+    base, talk = evaluation.text_nll(model, ids, is_target, context=6)
+    expected_base, expected_talk = [], []
+    for start in (0, 6, 12):
+        part = ids[start : start + 6]
+        logp = torch.log_softmax(model.model(part[None])[0], -1)
+        for j in range(len(part) - 1):
+            if is_target[start + j + 1]:
+                expected_base.append(-logp[j, part[j + 1]])
+                expected_talk.append(think_slowly(model, part, j, None)["nll"][0])
+    assert (base - torch.stack(expected_base)).abs().max() < 1e-5
+    assert (talk - torch.stack(expected_talk)).abs().max() < 1e-5
+    assert model.config.n_thoughts == 2
+
+
+def test_text_report(folder, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("Thoughts are free. " * 5)
+    options = ["--text", str(tmp_path / "text.txt"), "--context", "16", "--device", "cpu"]
+    evaluation.main(["--model", str(folder), *options])
+    lines = capsys.readouterr().out.splitlines()
+    assert "perplexity" in lines[0]
+    assert len(lines) == 2 + 5
+    assert sum(int(line.split()[3]) for line in lines[2:]) == int(lines[0].split()[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "nowhere"], "nowhere is no checkpoint folder"),
+        (["--text", "nowhere.txt"], "cannot read nowhere.txt"),
+    ],
+)
+def test_bad_input(folder, capsys, options, message):
+    with pytest.raises(SystemExit) as stopped:
+        evaluation.main(["--model", str(folder), "--device", "cpu", *options])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_text_needs_a_thinking_model(tmp_path, capsys):
+    save_mistral(tiny_quiet_star(V=258).model, tmp_path)
+    save_byte_tokenizer(tmp_path)
+    with pytest.raises(SystemExit):
+        evaluation.main(["--model", str(tmp_path), "--text", "x", "--device", "cpu"])
+    assert "is a plain model" in capsys.readouterr().err

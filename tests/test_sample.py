@@ -1,0 +1,153 @@
+"""Generation, with and without thoughts, against recomputing everything at every step."""
+
+import pytest
+import torch
+from tiny import random_ids, think_slowly, tiny_mistral, tiny_quiet_star
+
+import sample
+from model import Cache, save_mistral
+from sample import generate, generate_steps, nucleus
+from thoughts import save_quiet_star
+from tokenizer import save_byte_tokenizer
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_plain_generation_equals_recomputation(window):
+    model, ids = tiny_mistral(window=window), random_ids(2, 5)
+    text = generate(model, ids, 6, temperature=0)
+    assert torch.equal(text[:, :5], ids)
+    for t in range(5, 11):
+        assert torch.equal(model(text[:, :t])[:, -1].argmax(-1), text[:, t])
+
+
+@pytest.mark.parametrize("K", [0, 1, 3])
+@pytest.mark.parametrize("window", [None, 4])
+def test_thinking_generation_equals_recomputation(K, window):
+    """Every step's thought, mixing weight and log p against a thought had the slow way."""
+    model = tiny_quiet_star(window=window, thought_length=K, n_true=1, n_thoughts=1)
+    ids = random_ids(2, 4)
+    steps = list(generate_steps(model, ids, 5, temperature=0))
+    text = torch.cat([ids, *(step.token[:, None] for step in steps)], 1)
+    for i, step in enumerate(steps):
+        for b in range(2):
+            read = text[b, : 4 + i + 1]  # the text so far and the token that was chosen
+            slow = think_slowly(model, read, 3 + i, None)
+            logp = torch.log_softmax(step.prediction.logits[b], -1)
+            assert step.prediction.thought_ids[b].tolist() == slow["ids"]
+            assert abs(logp[step.token[b]] + slow["nll"][0]) < 1e-5
+            assert abs(step.prediction.weight[b] - slow["weight"][0]) < 1e-5
+            assert step.token[b] == logp.argmax()
+            base = torch.log_softmax(model.model(read[None, :-1])[0, -1], -1)
+            without = torch.log_softmax(step.prediction.base_logits[b], -1)
+            assert (without - base).abs().max() < 1e-5
+
+
+def test_the_cache_never_holds_a_thought():
+    """After a thinking step it holds what reading the text alone would have put there."""
+    model, ids = tiny_quiet_star(), random_ids(2, 5)
+    thinking, plain = Cache(model.model, 2, 12), Cache(model.model, 2, 12)
+    model.model.hidden_states(model.model.embed_tokens(ids[:, :4]), thinking)
+    model.think_last(ids[:, 4], thinking)
+    model.model.hidden_states(model.model.embed_tokens(ids), plain)
+    assert thinking.length == plain.length == 5
+    difference = thinking.keys_values[..., :5, :] - plain.keys_values[..., :5, :]
+    assert difference.abs().max() < 1e-6
+
+
+def test_samples_of_one_prompt_share_its_prefill():
+    model, ids = tiny_quiet_star(), random_ids(1, 5)
+    together = generate(model, ids.expand(3, 5), 4, temperature=0)
+    assert torch.equal(together, generate(model, ids, 4, temperature=0).expand(3, 9))
+
+
+def test_a_seed_repeats_and_another_does_not():
+    model, ids = tiny_mistral(), random_ids(1, 3)
+
+    def run(seed):
+        return generate(model, ids, 20, generator=torch.Generator().manual_seed(seed))
+
+    assert torch.equal(run(1), run(1))
+    assert not torch.equal(run(1), run(2))
+
+
+def test_nucleus_by_hand():
+    """Probabilities 0.5, 0.3, 0.15, 0.05: 0.79 needs two tokens, 0.81 three."""
+    logits = torch.tensor([[0.05, 0.5, 0.15, 0.3]]).log()
+    kept = [nucleus(logits, p)[0].isfinite().tolist() for p in (0.01, 0.79, 0.81, 1.0)]
+    assert kept == [
+        [False, True, False, False],
+        [False, True, False, True],
+        [False, True, True, True],
+        [True, True, True, True],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"temperature": -1.0}, "temperature is -1"),
+        ({"top_p": 0.0}, "top_p is 0"),
+        ({"max_new_tokens": -1}, "max_new_tokens is -1"),
+        ({"ids": torch.zeros(1, 0, dtype=torch.long)}, "at least one token"),
+    ],
+)
+def test_bad_settings(arguments, message):
+    given = {"ids": random_ids(1, 3), "max_new_tokens": 2} | arguments
+    with pytest.raises(ValueError, match=message):
+        generate(tiny_mistral(), **given)
+
+
+# ------------------------------------------------------------------------------ the command line
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A plain and a thinking checkpoint over the byte tokenizer."""
+    plain, thinking = tmp_path_factory.mktemp("plain"), tmp_path_factory.mktemp("thinking")
+    model = tiny_quiet_star(V=258, init_id=257)
+    save_mistral(model.model, plain)
+    save_quiet_star(model, thinking)
+    for folder in (plain, thinking):
+        save_byte_tokenizer(folder)
+    return plain, thinking
+
+
+def test_command_line(folders, capsys):
+    plain, thinking = map(str, folders)
+    sample.main(["--model", plain, "--prompt", "12=", "--greedy", "--device", "cpu"])
+    assert capsys.readouterr().out.startswith("12=")
+    options = ["--prompt", "12=", "--samples", "2", "--max-new-tokens", "3", "--show-thoughts"]
+    sample.main(["--model", thinking, *options, "--device", "cpu"])
+    lines = capsys.readouterr().out.split("\n")
+    shown = [line for line in lines if " thought " in line]
+    assert len(shown) == 6
+    assert all("log p" in line and " w " in line for line in shown)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--model", "nowhere"], "nowhere is no checkpoint folder"),
+        (["--prompt", ""], "at least one token"),
+        (["--top-p", "2"], "top_p is 2.0"),
+        (["--show-thoughts"], "no thoughts to show"),
+        (["--samples", "0"], "--samples is 0"),
+        (["--device", "abacus"], "--device abacus cannot be used"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(folders, capsys, change, message):
+    options = ["--model", str(folders[0]), "--prompt", "x", "--device", "cpu", *change]
+    with pytest.raises(SystemExit) as stopped:
+        sample.main(options)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_tokenizer_of_another_model(folders, tmp_path, capsys):
+    save_mistral(tiny_mistral(V=1000), tmp_path)
+    save_byte_tokenizer(tmp_path)
+    with pytest.raises(SystemExit):
+        sample.main(["--model", str(tmp_path), "--prompt", "x"])
+    assert "the tokenizer has 258 tokens and the model 1000" in capsys.readouterr().err
