@@ -71,7 +71,7 @@ def generate_steps(
             last = logits.argmax(-1)
         else:
             uniform = torch.rand(B, generator=generator).to(ids.device)
-            last = sample_tokens(nucleus(logits / temperature, top_p), 1.0, uniform)
+            last = sample_tokens(nucleus(logits / temperature, top_p), uniform)
         yield Step(last, prediction)
 
 

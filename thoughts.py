@@ -276,20 +276,16 @@ def token_logp(
     return _TokenLogp.apply(h, head, logits, ids, excluded, temperature)
 
 
-def sample_tokens(logits: Tensor, temperature: float, uniform: Tensor | None) -> Tensor:
-    """Draw a token from softmax(logits [..., V] / temperature) -> [...] int64; 0 is greedy.
+def sample_tokens(logits: Tensor, uniform: Tensor) -> Tensor:
+    """Draw a token from softmax(logits [..., V]) -> [...] int64.
 
     uniform [...] in [0, 1) is the randomness. One number a token, drawn by the caller on the CPU:
     the same seed gives the same thoughts on every device and however a batch is split.
     """
-    if temperature == 0:
-        return logits.argmax(-1)
-    cdf = torch.softmax(logits / temperature, dim=-1).cumsum(-1)
+    cdf = torch.softmax(logits, dim=-1).cumsum(-1)
     total = cdf[..., -1:]
-    point = uniform[..., None] * total
-    point = torch.minimum(
-        point, torch.nextafter(total, torch.zeros_like(total))
-    )  # u * total < total
+    below = torch.nextafter(total, torch.zeros_like(total))  # u * total may round up to total
+    point = torch.minimum(uniform[..., None] * total, below)
     return torch.searchsorted(cdf, point, right=True).squeeze(-1)  # never where p is 0
 
 
@@ -420,7 +416,7 @@ class QuietStar(nn.Module):
         nn.init.zeros_(self.mixing_head[4].weight)
 
     def meta_embedding(self, stored: Tensor) -> Tensor:
-        """A meta token's embedding [D] in use, from the stored parameter.
+        """Meta tokens' embeddings [..., D] in use, from the stored parameters.
 
         Paper: appendix A. Stored small and used large, so that Adam, whose steps have the size of
         the learning rate, moves it embedding_scale times as far.
@@ -429,10 +425,8 @@ class QuietStar(nn.Module):
 
     def embed_thought(self, ids: Tensor) -> Tensor:
         """Embeddings [..., D] of a thought's tokens ids [...]: ordinary ones, start or end."""
-        start, end = (
-            self.meta_embedding(self.start_embedding),
-            self.meta_embedding(self.end_embedding),
-        )
+        stored = torch.stack([self.start_embedding, self.end_embedding])
+        start, end = self.meta_embedding(stored)
         x = self.model.embed_tokens(ids.clamp(max=self.model.config.vocab_size - 1))
         x = torch.where((ids == self.start_id)[..., None], start, x)
         return torch.where((ids == self.end_id)[..., None], end, x)
@@ -484,7 +478,7 @@ class QuietStar(nn.Module):
         Paper: sections 4.2 to 4.4. Gradients flow through the base pass, the thoughts' tokens and
         the mixing; sampled ids are constants.
         """
-        positions, target_mask = self._check(ids, thought_ids, positions, target_mask)
+        positions, target_mask = self._check(ids, thought_ids, positions, target_mask, temperature)
         B, J, N, K = len(ids), len(positions), self.config.n_thoughts, self.config.thought_length
         forced = uniform = None
         if thought_ids is not None:
@@ -523,7 +517,6 @@ class QuietStar(nn.Module):
         B, P = text[0][0].shape[0], len(positions) * config.n_thoughts
         own: list[list] = [[] for _ in self.model.layers]
         token = positions.new_full((B, P), self.start_id)
-        greedy = uniform is None
         tokens, logps = [], []
         for k in range(config.thought_length):
             h = self._step(self.embed_thought(token), k + 1, positions, text, own)
@@ -531,8 +524,10 @@ class QuietStar(nn.Module):
                 logits = token_logits(h, head, self.excluded)
             if forced is not None:
                 token = forced[..., k]
+            elif uniform is None:
+                token = logits.argmax(-1)
             else:
-                token = sample_tokens(logits, temperature, None if greedy else uniform[..., k])
+                token = sample_tokens(logits / temperature, uniform[..., k])
             tokens.append(token)
             logps.append(self._thought_logp(h, head, token, logits))
         last = self._step(self.embed_thought(token), len(tokens) + 1, positions, text, own)
@@ -574,9 +569,11 @@ class QuietStar(nn.Module):
             weights.append(w)
         return torch.stack(nlls), torch.stack(weights)
 
-    def _check(self, ids, thought_ids, positions, target_mask):
+    def _check(self, ids, thought_ids, positions, target_mask, temperature):
         """positions and target_mask with their defaults; ValueError for what does not fit."""
         (B, T), config = ids.shape, self.config
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature is {temperature}; it must be at least 0 (0 is greedy)")
         if positions is None:
             if config.n_true >= T:
                 raise ValueError(
@@ -585,12 +582,8 @@ class QuietStar(nn.Module):
                 )
             positions = torch.arange(T - config.n_true)
         positions = positions.to(ids.device)
-        if (
-            positions.dim() != 1
-            or not len(positions)
-            or positions.min() < 0
-            or positions.max() > T - 2
-        ):
+        inside = (positions >= 0) & (positions <= T - 2)
+        if positions.dim() != 1 or not len(positions) or not inside.all():
             raise ValueError(
                 f"positions must be whole numbers in 0 .. {T - 2}, one dimension, at least one; "
                 f"given {positions.tolist()}"

@@ -61,7 +61,7 @@ def test_probability_zero_is_never_drawn():
     """At both ends of the cumulative sum, for the smallest and the largest uniform number."""
     logits = torch.tensor([[-1e38, 0.0, -1e38, 1.0, -1e38]]).expand(3, 5)
     largest = 1 - 2.0**-24
-    drawn = sample_tokens(logits, 1.0, torch.tensor([0.0, 0.5, largest]))
+    drawn = sample_tokens(logits, torch.tensor([0.0, 0.5, largest]))
     assert drawn.tolist() == [1, 3, 3]
 
 
