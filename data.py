@@ -148,12 +148,12 @@ class Tokens:
 
 
 def tokenize(documents: Iterable[str], tokenizer) -> Tokens:
-    """Every document as its tokens, between the tokenizer's bos and eos if it has them."""
+    """Every document as its tokens, after bos if its model has texts begin so, and before eos."""
     ids: list[int] = []
     starts = []
-    for document in documents:
+    for document in filter(None, documents):
         starts.append(len(ids))
-        ids += tokenizer.encode(document, bos=tokenizer.bos_id is not None)
+        ids += tokenizer.encode(document, bos=tokenizer.adds_bos)
         ids += [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     is_target = torch.ones(len(ids), dtype=torch.bool)
     is_target[starts] = False

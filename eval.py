@@ -152,8 +152,10 @@ def text_nll(
             base.append(output.base_nll[0][valid].cpu())
             talk.append(output.talk_nll[0, 0, 0][valid].cpu())
             done = min(start + context, len(ids))
-            print(f"\r{done} of {len(ids)} tokens", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
+            if sys.stderr.isatty():
+                print(f"\r{done} of {len(ids)} tokens", end="", file=sys.stderr, flush=True)
+    if not sum(map(len, base)):
+        raise ValueError(f"a text of {len(ids)} tokens has nothing to predict in it")
     return torch.cat(base), torch.cat(talk)
 
 
@@ -185,6 +187,8 @@ def run(options: argparse.Namespace) -> None:
         return
     if not isinstance(model, QuietStar):
         raise ValueError(f"{options.model} is a plain model; --text compares with thoughts")
+    if options.context < 2 or (options.max_tokens is not None and options.max_tokens < 2):
+        raise ValueError("--context and --max-tokens must be at least 2")
     tokens = data.tokenize(data.read_documents([options.text]), tokenizer)
     device = next(model.parameters()).device
     ids, is_target = (x[: options.max_tokens].to(device) for x in (tokens.ids, tokens.is_target))

@@ -118,8 +118,8 @@ def pick_device(name: str | None) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(1, device=device).tolist()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {name} cannot be used: {reason}") from None
     return device
@@ -174,8 +174,10 @@ def execute(
     options = parser.parse_args(arguments)
     try:
         run(options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"{parser.prog}: stopped\n")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -183,8 +185,8 @@ def run(options: argparse.Namespace) -> None:
     model, tokenizer = load_any(options.model, pick_device(options.device))
     if options.show_thoughts and not isinstance(model, QuietStar):
         raise ValueError(f"{options.model} is a plain model: it has no thoughts to show")
-    if options.samples < 1:
-        raise ValueError(f"--samples is {options.samples}; give at least 1")
+    if options.samples < 1 or not 0 <= options.seed < 2**63:
+        raise ValueError("--samples must be at least 1 and --seed a whole number from 0")
     prompt = tokenizer.encode(options.prompt, bos=tokenizer.adds_bos)
     device = next(model.parameters()).device
     ids = torch.tensor([prompt] * options.samples, dtype=torch.long, device=device)

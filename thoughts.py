@@ -4,10 +4,10 @@ After every position j of a text a thought is sampled, at all positions in paral
 made after the thought is mixed with the one made without it; REINFORCE makes thoughts likelier
 that made the true text likelier.
 
-                       x_1 .. x_j | start  t_1 .. t_K  end  x_{j+1} .. x_{j+A-1}      (one thought)
+                       x_0 .. x_j | start  t_1 .. t_K  end  x_{j+1} .. x_{j+A-1}      (one thought)
     step s                        |   1    2 .. K+1   K+2   K+3  ..  K+A+1
-    rotary position           j   |  j+1              ...              j+K+A+1
-    what its output is for        | t_1 .. t_K   -  x_{j+1}  ..     x_{j+A}
+    rotary position    0   ..  j  |  j+1              ...              j+K+A+1
+    what its output predicts      |  t_1   t_2 ..  -  x_{j+1}   ..   x_{j+A}
 
 Letters of the shape comments, beside those of model.py (the paper's name in brackets):
     N    thoughts per position [n_thoughts]
@@ -52,7 +52,7 @@ NEVER = -1e10  # logit of a meta token: probability 0 in float32, and no 0 * inf
 
 @dataclass(frozen=True)
 class ThoughtConfig:
-    """How a model thinks and what it learns from it. The defaults are the paper's."""
+    """How a model thinks and what it learns from it. Numbers default to the paper's."""
 
     n_thoughts: int = 2  # thoughts sampled at every position (N)
     thought_length: int = 9  # sampled tokens of a thought, start and end not counted (K)
@@ -63,20 +63,19 @@ class ThoughtConfig:
     embedding_scale: float = 100.0  # both are stored divided by this: Adam moves them faster
     reinforce_temperature: float = 3.0  # of log p(thought) in REINFORCE; sampling has its own
     base_weight: float = 0.5  # of the loss without thoughts, against that with thoughts
-    policy_weight: float | None = None  # of REINFORCE; none: 1e6 / K, the authors' 1e6 for our sum
+    policy_weight: float | None = None  # of REINFORCE; none: 1e6 / K
     drop_negative: bool = True  # learn only from thoughts that beat the mean of their position
 
     def __post_init__(self):
-        if self.policy_weight is None:
-            object.__setattr__(self, "policy_weight", 1e6 / max(self.thought_length, 1))
         allowed = {
             "n_thoughts": (self.n_thoughts >= 1, "at least 1"),
             "thought_length": (self.thought_length >= 0, "at least 0"),
             "n_true": (self.n_true >= 1, "at least 1"),
-            "embedding_scale": (self.embedding_scale > 0, "positive"),
-            "reinforce_temperature": (self.reinforce_temperature > 0, "positive"),
+            "embedding_scale": (0 < self.embedding_scale < math.inf, "positive"),
+            "reinforce_temperature": (0 < self.reinforce_temperature < math.inf, "positive"),
             "base_weight": (0 <= self.base_weight <= 1, "between 0 and 1"),
-            "policy_weight": (0 <= self.policy_weight < math.inf, "at least 0"),
+            "policy_weight": (0 <= (self.policy_weight or 0) < math.inf, "at least 0"),
+            "end_id": (self.end_id is None or self.end_id != self.start_id, "unlike start_id"),
         }
         check_settings(self, allowed)
 
@@ -152,11 +151,36 @@ def attention_probabilities(
 
     q [B, Hkv, G, P, Dh] already divided by sqrt(Dh), G queries to a key's head; text_k
     [B, Hkv, T, Dh], shared by all rows: one matrix product; text_bias [P, T], 0 or -inf;
-    own_k s keys [B, Hkv, P, Dh], a row's own: s elementwise products.
+    own_k s keys [B, Hkv, 1, P, Dh], a row's own: s elementwise products.
     """
     text = (q.flatten(2, 3) @ text_k.mT).unflatten(2, q.shape[2:4])  # [B, Hkv, G, P, T]
-    own = [(q * k[:, :, None]).sum(-1, keepdim=True) for k in own_k]  # s of [B, Hkv, G, P, 1]
-    return torch.softmax(torch.cat([text + text_bias, *own], dim=-1), dim=-1)
+    own = [(q * k).sum(-1, keepdim=True) for k in own_k]  # s of [B, Hkv, G, P, 1]
+    return torch.softmax(torch.cat([text.add_(text_bias), *own], dim=-1), dim=-1)
+
+
+class Block(NamedTuple):
+    """Some thoughts, next to each other, and the stretch of the text that any of them sees."""
+
+    rows: slice  # of the P thoughts
+    keys: slice  # of the T text keys
+
+
+def attention_blocks(
+    positions: Tensor, n_thoughts: int, window: int | None, size: int = 64
+) -> list[Block]:
+    """Cut the J positions into blocks of `size`, with the keys that any step of them may see.
+
+    On average half of the text lies behind a position, where its thoughts may not look: whole
+    blocks of it need not be multiplied at all. (Positions in rising order profit; any are right.)
+    The oldest key in a window is that of the first step, whose rotary position is j + 1.
+    """
+    blocks = []
+    for start, block in enumerate(positions.cpu().split(size)):
+        first = start * size * n_thoughts
+        oldest = 0 if window is None else max(int(block.min()) + 2 - window, 0)
+        rows = slice(first, first + len(block) * n_thoughts)
+        blocks.append(Block(rows, slice(oldest, int(block.max()) + 1)))
+    return blocks
 
 
 class _ThoughtAttention(torch.autograd.Function):
@@ -166,50 +190,75 @@ class _ThoughtAttention(torch.autograd.Function):
     pass computes them again, as FlashAttention does (Dao et al. 2022, arXiv 2205.14135):
 
         o = P v    dv = P' do    dS = P * (do v' - sum(do * o))    dq = dS k    dk = dS' q
+
+    All tensors are as in attention_probabilities; own holds s keys, then s values.
     """
 
     @staticmethod
-    def forward(ctx, q, text_k, text_v, text_bias, *own):
-        own_k, own_v = own[: len(own) // 2], own[len(own) // 2 :]
-        T = text_k.shape[2]
-        p = attention_probabilities(q, text_k, text_bias, own_k)
-        out = (p[..., :T].flatten(2, 3) @ text_v).view_as(q)  # [B, Hkv, G, P, Dh]
-        for s, v in enumerate(own_v):
-            out.addcmul_(p[..., T + s, None], v[:, :, None])
+    def forward(ctx, q, text_k, text_v, text_bias, blocks, *own):
+        out = torch.empty_like(q)
+        for rows, keys in blocks:
+            own_k, own_v = own_rows(own, rows)
+            p = attention_probabilities(
+                q[:, :, :, rows], text_k[:, :, keys], text_bias[rows, keys], own_k
+            )
+            p_text, p_own = p.split([p.shape[-1] - len(own_k), len(own_k)], dim=-1)
+            block = (p_text.flatten(2, 3) @ text_v[:, :, keys]).view_as(q[:, :, :, rows])
+            for s, v in enumerate(own_v):
+                block.addcmul_(p_own[..., s, None], v)
+            out[:, :, :, rows] = block
         ctx.save_for_backward(q, text_k, text_v, text_bias, out, *own)
+        ctx.blocks = blocks
         return out
 
     @staticmethod
     def backward(ctx, d_out):
         q, text_k, text_v, text_bias, out, *own = ctx.saved_tensors
-        own_k, own_v = own[: len(own) // 2], own[len(own) // 2 :]
-        T = text_k.shape[2]
-        p = attention_probabilities(q, text_k, text_bias, own_k)
+        d_q, d_text_k, d_text_v = map(torch.zeros_like, (q, text_k, text_v))
+        d_own = [torch.empty_like(x) for x in own]
         overlap = (d_out * out).sum(-1, keepdim=True)  # [B, Hkv, G, P, 1]
+        for rows, keys in ctx.blocks:
+            (own_k, own_v), (d_own_k, d_own_v) = own_rows(own, rows), own_rows(d_own, rows)
+            block_q, block_d = q[:, :, :, rows], d_out[:, :, :, rows]
+            p = attention_probabilities(block_q, text_k[:, :, keys], text_bias[rows, keys], own_k)
+            p_text, p_own = p.split([p.shape[-1] - len(own_k), len(own_k)], dim=-1)
+            p_text, d_rows = p_text.flatten(2, 3), block_d.flatten(2, 3)
+            past = overlap[:, :, :, rows]
+            d_scores = (d_rows @ text_v[:, :, keys].mT).sub_(past.flatten(2, 3)).mul_(p_text)
+            d_text_v[:, :, keys] += p_text.mT @ d_rows
+            d_text_k[:, :, keys] += d_scores.mT @ block_q.flatten(2, 3)
+            block_d_q = (d_scores @ text_k[:, :, keys]).view_as(block_q)
+            for s, (k, v) in enumerate(zip(own_k, own_v, strict=True)):
+                p_s = p_own[..., s, None]  # [B, Hkv, G, rows, 1]
+                d_score = ((block_d * v).sum(-1, keepdim=True) - past) * p_s
+                block_d_q.addcmul_(d_score, k)
+                torch.sum(d_score * block_q, 2, keepdim=True, out=d_own_k[s])
+                torch.sum(p_s * block_d, 2, keepdim=True, out=d_own_v[s])
+            d_q[:, :, :, rows] = block_d_q
+        return d_q, d_text_k, d_text_v, None, None, *d_own
 
-        d_rows, rows, p_text = d_out.flatten(2, 3), q.flatten(2, 3), p[..., :T].flatten(2, 3)
-        d_text_v = p_text.mT @ d_rows
-        d_scores = (d_rows @ text_v.mT).sub_(overlap.flatten(2, 3)).mul_(p_text)
-        d_text_k = d_scores.mT @ rows
-        d_q = (d_scores @ text_k).view_as(q)
-        d_own_k, d_own_v = [], []
-        for s, (k, v) in enumerate(zip(own_k, own_v, strict=True)):
-            p_own = p[..., T + s, None]  # [B, Hkv, G, P, 1]
-            d_score = ((d_out * v[:, :, None]).sum(-1, keepdim=True) - overlap) * p_own
-            d_q.addcmul_(d_score, k[:, :, None])
-            d_own_k.append((d_score * q).sum(2))
-            d_own_v.append((p_own * d_out).sum(2))
-        return d_q, d_text_k, d_text_v, None, *d_own_k, *d_own_v
+
+def own_rows(own, rows: slice):
+    """Some rows of the thoughts' s keys and s values [B, Hkv, P, Dh] -> each [B, Hkv, 1, rows, Dh].
+
+    The axis of length 1 stands for the G queries that share a key.
+    """
+    parts = [x[:, :, None, rows] for x in own]
+    return parts[: len(parts) // 2], parts[len(parts) // 2 :]
 
 
 def thought_attention(
-    q: Tensor, text: tuple[Tensor, Tensor], own: list[tuple[Tensor, Tensor]], text_bias: Tensor
+    q: Tensor,
+    text: tuple[Tensor, Tensor],
+    own: list[tuple[Tensor, Tensor]],
+    text_bias: Tensor,
+    blocks: list[Block],
 ) -> Tensor:
     """Attention of one step of all thoughts: q [B, H, P, Dh] -> [B, H, P, Dh].
 
     text: keys and values [B, Hkv, T, Dh] of the base pass. own: those of steps 1..s of each
     thought [B, Hkv, P, Dh], step s being the query's own. text_bias [P, T]: 0 where visible, -inf
-    where not.
+    where not. blocks: see attention_blocks.
 
     Paper: section 4.2 and Figure 3. Ours: the text's keys are multiplied once for all thoughts and
     nobody's keys are copied, so a step costs T + s keys a row, where the masked matrix of the paper
@@ -217,7 +266,8 @@ def thought_attention(
     """
     own_k, own_v = zip(*own, strict=True)
     grouped = q.unflatten(1, (text[0].shape[1], -1)) / math.sqrt(q.shape[-1])  # [B, Hkv, G, P, Dh]
-    return _ThoughtAttention.apply(grouped, *text, text_bias, *own_k, *own_v).flatten(1, 2)
+    attended = _ThoughtAttention.apply(grouped, *text, text_bias, blocks, *own_k, *own_v)
+    return attended.flatten(1, 2)
 
 
 # ----------------------------------------------------------------------------------- the equations
@@ -251,11 +301,13 @@ class _TokenLogp(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_logp):
         h, head, ids = ctx.saved_tensors
-        p = torch.softmax(token_logits(h, head, ctx.excluded) / ctx.temperature, dim=-1)
-        scale = d_logp[..., None] / ctx.temperature  # [..., 1]
-        d_logits = p.mul_(-scale).scatter_add_(-1, ids[..., None], scale).to(head.dtype)
-        d_head = d_logits.flatten(0, -2).mT @ h.flatten(0, -2)
-        return d_logits @ head, d_head, None, None, None, None
+        used = d_logp != 0  # dropped rewards and missing targets need no work
+        rows, scale = h[used], d_logp[used][:, None] / ctx.temperature  # [rows, D], [rows, 1]
+        p = torch.softmax(token_logits(rows, head, ctx.excluded) / ctx.temperature, dim=-1)
+        d_logits = p.mul_(-scale).scatter_add_(-1, ids[used][:, None], scale).to(head.dtype)
+        d_h = torch.zeros_like(h)
+        d_h[used] = d_logits @ head
+        return d_h, d_logits.mT @ rows, None, None, None, None
 
 
 def token_logp(
@@ -280,7 +332,7 @@ def sample_tokens(logits: Tensor, uniform: Tensor) -> Tensor:
     """Draw a token from softmax(logits [..., V]) -> [...] int64.
 
     uniform [...] in [0, 1) is the randomness. One number a token, drawn by the caller on the CPU:
-    the same seed gives the same thoughts on every device and however a batch is split.
+    a seed then means the same thoughts however a batch is split, up to rounding on every device.
     """
     cdf = torch.softmax(logits, dim=-1).cumsum(-1)
     total = cdf[..., -1:]
@@ -353,7 +405,7 @@ def quiet_star_loss(
 
     Paper: section 4.4; L_base and the two weights are the authors' code's. Metrics, detached
     scalars: loss; base_nll, talk_nll and policy_loss, the three parts; reward, nats per thought by
-    which thoughts beat the base model: R_j minus its sum over the same targets; weight, mean of w.
+    which thoughts beat the base model: R_j minus its log p of the same tokens; weight, mean of w.
     """
     if counts is None:
         counts = count_targets(output.target_mask, output.positions, config.n_true)
@@ -370,21 +422,31 @@ def quiet_star_loss(
     base = output.base_nll.sum() / max(counts.base, 1)
     talk = mean(output.talk_nll.mean(0))
     policy = mean(-r * output.thought_logp.sum(-1))
-    loss = (
-        config.base_weight * base + (1 - config.base_weight) * talk + config.policy_weight * policy
-    )
+    policy_weight = config.policy_weight
+    if policy_weight is None:  # the authors' 1e6 is for the mean over the K tokens
+        policy_weight = 1e6 / max(config.thought_length, 1)
+    loss = config.base_weight * base + (1 - config.base_weight) * talk + policy_weight * policy
     metrics = {
         "loss": loss,
         "base_nll": base,
         "talk_nll": talk,
         "policy_loss": policy,
         "reward": mean(-output.talk_nll.sum(0) - base_sum),
-        "weight": mean(output.weight.mean(0)),
+        "weight": mean(output.weight.float().mean(0)),
     }
     return loss, {name: value.detach() for name, value in metrics.items()}
 
 
 # -------------------------------------------------------------------------------------- the module
+
+
+class Workspace(NamedTuple):
+    """What all steps of the thoughts of one forward pass share."""
+
+    positions: Tensor  # [J] where the thoughts begin
+    blocks: list[Block]
+    text: list[tuple[Tensor, Tensor]]  # each layer's keys and values of the base pass
+    own: list[list[tuple[Tensor, Tensor]]]  # each layer's of the thoughts' steps so far
 
 
 class QuietStar(nn.Module):
@@ -439,23 +501,22 @@ class QuietStar(nn.Module):
         """
         return 1 - self.mixing_head(torch.cat([h_init, h_thought], dim=-1)).squeeze(-1)
 
-    def _step(self, x: Tensor, step: int, positions: Tensor, text: list, own: list) -> Tensor:
+    def _step(self, x: Tensor, step: int, space: Workspace) -> Tensor:
         """Run step `step` of all thoughts through the model: embeddings x [B, P, D] -> h [B, P, D].
 
-        text: each layer's (k, v) of the base pass. own: each layer's list of the thoughts' (k, v)
-        so far; this step's are appended.
+        Its keys and values are added to space.own.
         """
-        window, T = self.model.config.sliding_window, text[0][0].shape[2]
-        N = x.shape[1] // len(positions)
-        visible = text_visible(positions, step, T, window)  # [J, T]
+        window, T = self.model.config.sliding_window, space.text[0][0].shape[2]
+        N = self.config.n_thoughts
+        visible = text_visible(space.positions, step, T, window)  # [J, T]
         bias = torch.zeros_like(visible, dtype=x.dtype).masked_fill_(~visible, -math.inf)
         bias = bias.repeat_interleave(N, dim=0)  # [P, T]
-        rotary = self.model.rotary((positions + step).repeat_interleave(N))
-        for layer, layer_text, layer_own in zip(self.model.layers, text, own, strict=True):
+        rotary = self.model.rotary((space.positions + step).repeat_interleave(N))
+        for layer, text, own in zip(self.model.layers, space.text, space.own, strict=True):
             q, k, v = layer.project(x, rotary)
-            layer_own.append((k, v))
-            recent = layer_own[-(window or 0) :]  # a thought's own window
-            x = layer.finish(x, thought_attention(q, layer_text, recent, bias))
+            own.append((k, v))
+            recent = own[-(window or 0) :]  # a thought's own window
+            x = layer.finish(x, thought_attention(q, text, recent, bias, space.blocks))
         return self.model.norm(x)
 
     def forward(
@@ -489,8 +550,10 @@ class QuietStar(nn.Module):
         h_init, text = self.model.hidden_states(self.model.embed_tokens(ids))
         head = self.model.lm_head.weight
         base_nll = -token_logp(h_init[:, :-1], head, ids[:, 1:]) * target_mask[:, 1:]  # [B, T-1]
-        thought, logp, own = self._think(positions, text, forced, uniform, temperature)
-        talk_nll, weight = self._talk(ids, h_init, positions, text, own)
+        blocks = attention_blocks(positions, N, self.model.config.sliding_window)
+        space = Workspace(positions, blocks, text, [[] for _ in text])
+        thought, logp = self._think(space, B, forced, uniform, temperature)
+        talk_nll, weight = self._talk(space, ids, h_init)
         valid = valid_targets(target_mask, positions, self.config.n_true)  # [A, B, J]
 
         def by_thought(rows: Tensor) -> Tensor:  # [..., P] -> [..., N, J]
@@ -507,19 +570,18 @@ class QuietStar(nn.Module):
             target_mask=target_mask,
         )
 
-    def _think(self, positions, text, forced, uniform, temperature):
-        """Sample, or follow, the K tokens of every thought: ids and logp [K, B, P], and their keys.
+    def _think(self, space, B, forced, uniform, temperature):
+        """Sample, or follow, the K tokens of every thought: ids and logp [K, B, P].
 
         Paper: section 4.2. start and K tokens pass through the model; all but the last of them
         predict a token.
         """
         config, head = self.config, self.model.lm_head.weight
-        B, P = text[0][0].shape[0], len(positions) * config.n_thoughts
-        own: list[list] = [[] for _ in self.model.layers]
-        token = positions.new_full((B, P), self.start_id)
+        P = len(space.positions) * config.n_thoughts
+        token = space.positions.new_full((B, P), self.start_id)
         tokens, logps = [], []
         for k in range(config.thought_length):
-            h = self._step(self.embed_thought(token), k + 1, positions, text, own)
+            h = self._step(self.embed_thought(token), k + 1, space)
             with torch.no_grad():
                 logits = token_logits(h, head, self.excluded)
             if forced is not None:
@@ -530,36 +592,34 @@ class QuietStar(nn.Module):
                 token = sample_tokens(logits / temperature, uniform[..., k])
             tokens.append(token)
             logps.append(self._thought_logp(h, head, token, logits))
-        last = self._step(self.embed_thought(token), len(tokens) + 1, positions, text, own)
-        none = last.new_empty(0, B, P)
-        return (
-            torch.stack(tokens) if tokens else none.long(),
-            torch.stack(logps) if logps else none.float(),
-            own,
-        )
+        self._step(self.embed_thought(token), config.thought_length + 1, space)
+        if not tokens:
+            return token.new_empty(0, B, P), head.new_empty(0, B, P, dtype=torch.float32)
+        return torch.stack(tokens), torch.stack(logps)
 
     def _thought_logp(self, h, head, token, logits):
         """log p of a thought's tokens [B, P], meta tokens masked, at the REINFORCE temperature.
 
         A forced meta token has probability 0; NEVER stands for its log.
         """
-        V = head.shape[0]
         tau = self.config.reinforce_temperature
-        logp = token_logp(h, head, token.clamp(max=V - 1), self.excluded, tau, logits)
-        return torch.where(token < V, logp, NEVER)
+        never = (token == self.start_id) | (token == self.end_id)
+        token = token.masked_fill(never, 0)  # whatever is in the vocabulary
+        logp = token_logp(h, head, token, self.excluded, tau, logits)
+        return torch.where(never, NEVER, logp)
 
-    def _talk(self, ids, h_init, positions, text, own):
+    def _talk(self, space, ids, h_init):
         """Predict A true tokens after every thought: nll and mixing weight [A, B, P].
 
         Paper: section 4.3. end and the true tokens x_{j+1} .. x_{j+A-1} pass through the model; a
         target beyond the text is scored against some token of it, and masked by the caller.
         """
-        config, T = self.config, ids.shape[1]
-        token = ids.new_full((), self.end_id).expand(len(ids), len(positions) * config.n_thoughts)
+        config, positions, T = self.config, space.positions, ids.shape[1]
+        token = ids.new_full((len(ids), len(positions) * config.n_thoughts), self.end_id)
         nlls, weights = [], []
         for a in range(config.n_true):
             step = config.thought_length + 2 + a
-            h_thought = self._step(self.embed_thought(token), step, positions, text, own)
+            h_thought = self._step(self.embed_thought(token), step, space)
             here = (positions + a).clamp(max=T - 1)
             h_base = h_init[:, here].repeat_interleave(config.n_thoughts, dim=1)  # [B, P, D]
             token = ids[:, (here + 1).clamp(max=T - 1)]  # [B, J] the true next token
@@ -571,6 +631,8 @@ class QuietStar(nn.Module):
 
     def _check(self, ids, thought_ids, positions, target_mask, temperature):
         """positions and target_mask with their defaults; ValueError for what does not fit."""
+        if ids.dim() != 2:
+            raise ValueError(f"ids has shape {tuple(ids.shape)}; it must be [B, T]")
         (B, T), config = ids.shape, self.config
         if not 0 <= temperature < math.inf:
             raise ValueError(f"temperature is {temperature}; it must be at least 0 (0 is greedy)")
@@ -581,15 +643,17 @@ class QuietStar(nn.Module):
                     "give a longer text, a smaller n_true, or positions"
                 )
             positions = torch.arange(T - config.n_true)
-        positions = positions.to(ids.device)
+        positions = torch.as_tensor(positions, device=ids.device)
         inside = (positions >= 0) & (positions <= T - 2)
-        if positions.dim() != 1 or not len(positions) or not inside.all():
+        whole = positions.dtype in (torch.int64, torch.int32)
+        if not whole or positions.dim() != 1 or not len(positions) or not inside.all():
             raise ValueError(
                 f"positions must be whole numbers in 0 .. {T - 2}, one dimension, at least one; "
                 f"given {positions.tolist()}"
             )
         if target_mask is None:
-            target_mask = torch.ones_like(ids, dtype=torch.bool)
+            target_mask = torch.ones_like(ids)
+        target_mask = torch.as_tensor(target_mask, device=ids.device).bool()
         if target_mask.shape != ids.shape:
             raise ValueError(
                 f"target_mask has shape {tuple(target_mask.shape)}, ids has {tuple(ids.shape)}"
@@ -599,6 +663,14 @@ class QuietStar(nn.Module):
             raise ValueError(
                 f"thought_ids has shape {tuple(thought_ids.shape)}; [B, N, J, K] is {shape}"
             )
+        if thought_ids is not None:
+            inside = (thought_ids >= 0) & (thought_ids < self.model.config.vocab_size)
+            inside |= (thought_ids == self.start_id) | (thought_ids == self.end_id)
+            if not inside.all():
+                raise ValueError(
+                    f"thought_ids holds {int(thought_ids[~inside][0])}; allowed are the model's "
+                    f"tokens, start ({self.start_id}) and end ({self.end_id})"
+                )
         return positions, target_mask
 
     @torch.no_grad()
@@ -693,9 +765,10 @@ def load_quiet_star(
             for name, tensor in read_tensors([folder / "quiet_star.safetensors"])
         }
     elif "start_embedding" in weights:
-        # Their ids are the last two of the vocabulary, row 1 of an embedding is a log-variance that
-        # nothing uses, and their talk_head is our mixing head (see mixing_weight).
-        config = ThoughtConfig(start_id=shape.vocab_size - 2, end_id=shape.vocab_size - 1)
+        # Their "8 ahead" counts start and end, their ids are the last two of the vocabulary, row 1
+        # of an embedding is unused, and their talk_head is our mixing head (see mixing_weight).
+        V = shape.vocab_size
+        config = ThoughtConfig(thought_length=6, start_id=V - 2, end_id=V - 1)
         own = {name: weights.pop(name)[0] for name in ("start_embedding", "end_embedding")}
         for name in [name for name in weights if name.startswith("talk_head.0.")]:
             own[name.replace("talk_head.0.", "mixing_head.")] = weights.pop(name)

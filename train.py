@@ -16,6 +16,7 @@ import inspect
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import sys
@@ -35,7 +36,15 @@ from torch import Tensor, nn
 
 import data
 import eval as evaluation
-from model import Mistral, MistralConfig, load_mistral, read_json, save_mistral, write_json
+from model import (
+    Mistral,
+    MistralConfig,
+    load_mistral,
+    read_json,
+    save_mistral,
+    write_file,
+    write_json,
+)
 from sample import check_belongs, execute, pick_device
 from thoughts import (
     QuietStar,
@@ -45,6 +54,7 @@ from thoughts import (
     load_quiet_star,
     quiet_star_loss,
     save_quiet_star,
+    thinks,
 )
 from tokenizer import load_tokenizer, save_byte_tokenizer
 
@@ -57,11 +67,11 @@ class Settings:
     data: tuple[str, ...] = ()  # text files, or .jsonl with "text" or "question" and "answer"
     seed: int = 0  # of weights, batches and thoughts
     steps: int = 100  # optimiser steps of Quiet-STaR
-    batch_size: int = 8  # sequences per optimiser step
+    batch_size: int = 8  # sequences per optimiser step of Quiet-STaR
     micro_batch: int | None = None  # sequences at once, to save memory; none: the whole batch
     context: int = 256  # tokens in a sequence (T)
     positions: int | None = None  # positions that think, drawn anew every step (J); none: all
-    lr: float = 1e-6  # learning rate of AdamW
+    lr: float = 1e-6  # learning rate of AdamW in Quiet-STaR
     mixing_lr: float | None = None  # that of the mixing head; none: the same
     warmup: int = 20  # steps in which the learning rate rises to lr, constant afterwards
     weight_decay: float = 1e-3  # of AdamW
@@ -71,7 +81,8 @@ class Settings:
 
     def __post_init__(self):
         allowed = {
-            "steps": (self.steps >= 0, "at least 0"),
+            "seed": (0 <= self.seed < 2**32, "between 0 and 2**32 - 1"),
+            "steps": (self.steps >= 1, "at least 1"),
             "batch_size": (self.batch_size >= 1, "at least 1"),
             "micro_batch": (self.micro_batch is None or self.micro_batch >= 1, "at least 1"),
             "context": (self.context >= 2, "at least 2"),
@@ -115,7 +126,10 @@ def split(ids: Tensor, mask: Tensor, size: int | None) -> list[tuple[Tensor, Ten
 
 
 def language_step(model, ids, mask, settings, generator) -> dict[str, Tensor]:
-    """Gradient of the plain language-model loss, the mean nll of a batch's targets in nats."""
+    """Gradient of the plain language-model loss, the mean nll of a batch's targets in nats.
+
+    Nothing is drawn from the generator: the arguments are those of quiet_star_step.
+    """
     total: dict[str, Tensor] = {}
     for part, targets in split(ids, mask, settings.micro_batch):
         nll = F.cross_entropy(
@@ -194,7 +208,8 @@ def train_stage(stage: Stage, settings: Settings, run: Path) -> None:
             )
         stage.optimizer.step()
         now = time.perf_counter()
-        metrics |= {"tokens_per_second": ids.numel() / (now - clock), "lr": group["lr"]}
+        metrics["tokens_per_second"] = ids.numel() / (now - clock)
+        metrics["lr"] = stage.optimizer.param_groups[0]["lr"]
         clock = now
         left = (now - began) / (step + 1 - start) * (stage.steps - step - 1)
         log(run / "metrics.jsonl", stage, step + 1, metrics, left)
@@ -221,9 +236,11 @@ def trim_metrics(path: Path, stage: str, step: int) -> None:
     """Drop metrics that a resumed run will write again: those of this stage after `step`."""
     if not path.exists():
         return
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")  # a killed run may end within
+    lines = [json.loads(line) for line in whole.splitlines()]
     kept = [line for line in lines if line["stage"] != stage or line["step"] <= step]
-    path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    text = "".join(json.dumps(line) + "\n" for line in kept)
+    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def save_checkpoint(stage: Stage, step: int, generator: torch.Generator, folder: Path) -> None:
@@ -252,12 +269,17 @@ def save_checkpoint(stage: Stage, step: int, generator: torch.Generator, folder:
 
 def restore(stage: Stage, generator: torch.Generator, folder: Path) -> int:
     """Give optimiser and generator the state of a checkpoint; return its step, 0 without one."""
-    if not (folder / "training_state.pt").exists():
+    if not folder.exists():
         return 0
-    state = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
-    stage.optimizer.load_state_dict(state["optimizer"])
-    generator.set_state(state["generator"])
-    return state["step"]
+    path = folder / "training_state.pt"
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        stage.optimizer.load_state_dict(state["optimizer"])
+        generator.set_state(state["generator"])
+        return state["step"]
+    except (OSError, EOFError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"cannot continue from {path}: {reason}; delete {folder}") from None
 
 
 # ------------------------------------------------------------------------------------- the runs
@@ -312,6 +334,8 @@ def quiet_star_stage(
     checkpoint = checkpoint_of(run / "quiet_star")
     if checkpoint:
         model = load_quiet_star(checkpoint)
+    elif thinks(source):
+        raise ValueError(f"{source} thinks already; --checkpoint takes a plain model")
     else:
         base = load_mistral(source, dtype=torch.float32)
         check_belongs(tokenizer, base.config.vocab_size, source)
@@ -330,6 +354,7 @@ def quiet_star_stage(
         {"params": head, "lr": settings.mixing_lr or settings.lr},
     ]
     B, T = settings.batch_size, settings.context
+    tokens.batch(0, B, T, settings.seed, device)  # a text that is too short fails here
     return Stage(
         name="quiet_star",
         model=model,
@@ -361,12 +386,15 @@ def start_run(given: dict) -> tuple[Settings, ThoughtConfig, Path]:
     embedded = "checkpoint" not in options
     if embedded == ("data" in options):
         raise ValueError("--checkpoint and --data go together; give both, or none of them")
+    if not embedded:  # absolute: a run may be resumed from anywhere
+        options["checkpoint"] = str(Path(options["checkpoint"]).resolve())
+        options["data"] = tuple(str(Path(file).resolve()) for file in options["data"])
     settings = Settings(**(EMBEDDED if embedded else {}) | options)
     thoughts = ThoughtConfig(**(EMBEDDED_THOUGHTS if embedded else {}) | thought_options)
     if thoughts.n_true >= settings.context:
         raise ValueError(f"n_true ({thoughts.n_true}) must be below context ({settings.context})")
-    if not embedded and settings.base_steps:
-        raise ValueError("--base-steps belongs to the embedded corpus; leave it out here")
+    if embedded != (settings.base_steps > 0):
+        raise ValueError("--base-steps must be at least 1 on the embedded corpus, and 0 elsewhere")
     return settings, thoughts, run
 
 
@@ -379,8 +407,11 @@ def resume_run(out: str | None, given: dict) -> tuple[Settings, ThoughtConfig, P
             f"--resume continues with the run's own settings; leave out {sorted(given)}"
         )
     saved = read_json(Path(out) / "settings.json")
-    saved["settings"]["data"] = tuple(saved["settings"]["data"])
-    return Settings(**saved["settings"]), ThoughtConfig(**saved["thoughts"]), Path(out)
+    try:
+        settings = saved["settings"] | {"data": tuple(saved["settings"]["data"])}
+        return Settings(**settings), ThoughtConfig(**saved["thoughts"]), Path(out)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{out}/settings.json is damaged: {error}") from None
 
 
 def write_settings(settings: Settings, thoughts: ThoughtConfig, run: Path) -> None:

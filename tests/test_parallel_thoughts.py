@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import random_ids, think_slowly, tiny_quiet_star
 
-from thoughts import parallel_thought_mask, text_visible, thought_attention
+from thoughts import attention_blocks, parallel_thought_mask, text_visible, thought_attention
 
 
 @pytest.mark.parametrize("window", [None, 5, 2])
@@ -57,12 +57,14 @@ def test_thought_attention_equals_dense_mask(window):
         [torch.randn(B, heads, P, Dh, requires_grad=True) for heads in (H, Hkv, Hkv)]
         for _ in range(steps)
     ]
+    blocks = attention_blocks(positions, N, window, size=2)
+    assert len(blocks) == 2
     fast = []
     for step in range(1, steps + 1):
         visible = text_visible(positions, step, T, window).repeat_interleave(N, 0)
         bias = torch.zeros(P, T).masked_fill(~visible, -torch.inf)
         chain = [(k, v) for _, k, v in own[:step]][-(window or 0) :]
-        fast.append(thought_attention(own[step - 1][0], tuple(leaves), chain, bias))
+        fast.append(thought_attention(own[step - 1][0], tuple(leaves), chain, bias, blocks))
     fast = torch.stack(fast, dim=3)  # [B, H, P, steps, Dh]
 
     def dense(index, text):

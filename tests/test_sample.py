@@ -131,7 +131,7 @@ def test_command_line(folders, capsys):
         (["--prompt", ""], "at least one token"),
         (["--top-p", "2"], "top_p is 2.0"),
         (["--show-thoughts"], "no thoughts to show"),
-        (["--samples", "0"], "--samples is 0"),
+        (["--samples", "0"], "--samples must be at least 1"),
         (["--device", "abacus"], "--device abacus cannot be used"),
     ],
 )
