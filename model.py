@@ -156,8 +156,13 @@ class Cache:
 # ---------------------------------------------------------------------------------- the model
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """x in float32 if it is in less: norms, softmax and losses lose too much in bfloat16."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, computed in float32 whatever the dtype of x."""
+    """x / rms(x) * weight, the norm computed in float32 also where x is bfloat16."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -165,7 +170,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
+        normed = F.rms_norm(at_least_float32(x), x.shape[-1:], eps=self.eps)
+        return self.weight * normed.to(x.dtype)
 
 
 class Attention(nn.Module):

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from model import (
     Cache,
     Mistral,
+    at_least_float32,
     build_mistral,
     in_window,
     load_weights,
@@ -278,7 +279,7 @@ def token_logits(h: Tensor, head: Tensor, excluded: tuple[int, ...] = ()) -> Ten
 
     The tokens in excluded get the logit NEVER.
     """
-    logits = (h @ head.mT).float()
+    logits = at_least_float32(h @ head.mT)
     if excluded:
         logits[..., list(excluded)] = NEVER
     return logits
@@ -684,31 +685,26 @@ class QuietStar(nn.Module):
         cache holds the text before `last`; afterwards it holds `last` too and nothing of the
         thought. K + 1 passes: [last, start], t_1 .. t_{K-1} one by one, [t_K, end].
         """
+        start, end = (last.new_full((len(last), 1), i) for i in (self.start_id, self.end_id))
+        embed, head = self.embed_thought, self.model.lm_head.weight
+        x = torch.cat([self.model.embed_tokens(last[:, None]), embed(start)], dim=1)  # [B, 2, D]
+        states, thought = [], []
         end_of_text = cache.length + 1
-        start = last.new_full((len(last), 1), self.start_id)
-        h, _ = self.model.hidden_states(
-            torch.cat([self.model.embed_tokens(last[:, None]), self.embed_thought(start)], 1), cache
-        )
-        h_init, head = h[:, 0], self.model.lm_head.weight  # [B, D]
-        thought = []
-        end = last.new_full((len(last), 1), self.end_id)
         for k in range(self.config.thought_length):
-            if thought_ids is None:
-                token = token_logits(h[:, -1:], head, self.excluded).argmax(-1)  # [B, 1]
-            else:
-                token = thought_ids[:, k : k + 1]
+            states.append(self.model.hidden_states(x, cache)[0])
+            logits = token_logits(states[-1][:, -1:], head, self.excluded)  # [B, 1, V]
+            token = logits.argmax(-1) if thought_ids is None else thought_ids[:, k : k + 1]
             thought.append(token)
-            final = k == self.config.thought_length - 1
-            x = self.embed_thought(torch.cat([token, end], 1) if final else token)
-            h, _ = self.model.hidden_states(x, cache)
-        if not thought:
-            h, _ = self.model.hidden_states(self.embed_thought(end), cache)
+            x = embed(token)  # [B, 1, D]
+        states.append(self.model.hidden_states(torch.cat([x, embed(end)], dim=1), cache)[0])
         cache.length = end_of_text
-        w = self.mixing_weight(h_init, h[:, -1])
+
+        h_init, h_thought = states[0][:, 0], states[-1][:, -1]  # [B, D]
+        w = self.mixing_weight(h_init, h_thought)
         return Prediction(
-            logits=token_logits(mix(h_init, h[:, -1], w), head, self.excluded),
+            logits=token_logits(mix(h_init, h_thought, w), head, self.excluded),
             base_logits=token_logits(h_init, head, self.excluded),
-            thought_ids=torch.cat(thought, 1) if thought else last.new_empty(len(last), 0),
+            thought_ids=torch.cat([last.new_empty(len(last), 0), *thought], dim=1),
             weight=w,
         )
 

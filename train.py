@@ -99,7 +99,7 @@ class Settings:
 
 
 # What differs on the embedded corpus: embeddings and rates of a model that is 128 wide.
-EMBEDDED = {"steps": 150, "context": 64, "lr": 5e-4, "mixing_lr": 1e-3, "base_steps": 600}
+EMBEDDED = {"steps": 150, "context": 64, "lr": 5e-4, "mixing_lr": 1e-3, "base_steps": 500}
 EMBEDDED_THOUGHTS = {
     "thought_length": data.ASIDE,
     "n_true": 2,
@@ -108,7 +108,7 @@ EMBEDDED_THOUGHTS = {
     "policy_weight": 5.0,
 }
 
-BASE = MistralConfig(258, 128, 352, 2, 4, 2)  # 0.4 M parameters over bytes and the em dash
+BASE = MistralConfig(258, 128, 352, 2, 4, 4)  # 0.5 M parameters over bytes and the em dash
 BASE_BATCH, BASE_LR = 32, 3e-3
 BASE_EXPLAINED, EXPLAINED = 0.8, 0.1  # share of lines with an aside, before and during Quiet-STaR
 CORPUS_LINES = 40_000

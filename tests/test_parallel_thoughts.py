@@ -86,6 +86,22 @@ def test_thought_attention_equals_dense_mask(window):
         assert (fast_gradient - slow_gradient).abs().max() < 1e-5
 
 
+def test_gradient_is_the_derivative():
+    """The backward pass written by hand against finite differences, in float64."""
+    torch.manual_seed(0)
+    positions, N, steps = torch.tensor([0, 2]), 2, 2
+    shapes = [(1, 4, 4, 6), (1, 2, 4, 6), (1, 2, 4, 6)] + [(1, 2, 4, 6)] * (2 * steps)
+    tensors = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    visible = text_visible(positions, steps, 4, None).repeat_interleave(N, 0)
+    bias = torch.zeros(4, 4, dtype=torch.float64).masked_fill(~visible, -torch.inf)
+    blocks = attention_blocks(positions, N, None, size=1)
+
+    def attend(q, k, v, *own):
+        return thought_attention(q, (k, v), list(zip(own[:2], own[2:], strict=True)), bias, blocks)
+
+    assert torch.autograd.gradcheck(attend, tensors)
+
+
 def test_mask_by_hand():
     """T = 3, thoughts at 0 and 1, N = 1, two steps. Rows look, columns are looked at."""
     expected = """
