@@ -99,7 +99,7 @@ class Settings:
 
 
 # What differs on the embedded corpus: embeddings and rates of a model that is 128 wide.
-EMBEDDED = {"steps": 150, "context": 64, "lr": 5e-4, "mixing_lr": 1e-3, "base_steps": 500}
+EMBEDDED = {"steps": 100, "context": 64, "lr": 2e-4, "mixing_lr": 1e-3, "base_steps": 500}
 EMBEDDED_THOUGHTS = {
     "thought_length": data.ASIDE,
     "n_true": 2,
@@ -147,12 +147,12 @@ def quiet_star_step(model, ids, mask, settings, generator) -> dict[str, Tensor]:
     However the batch is split they are the same: thoughts' randomness is drawn sequence by
     sequence, and every part divides by the counts of the whole batch.
     """
-    A, positions = model.config.n_true, None
-    thinking = torch.arange(ids.shape[1] - A)
-    if settings.positions is not None:
-        shuffled = torch.randperm(len(thinking), generator=generator)
-        thinking = positions = thinking[shuffled[: settings.positions]].sort().values
-    counts = count_targets(mask, thinking.to(ids.device), A)
+    A = model.config.n_true
+    positions = torch.arange(ids.shape[1] - A)
+    if settings.positions is not None:  # any subset gives an unbiased estimate of the same loss
+        shuffled = torch.randperm(len(positions), generator=generator)
+        positions = shuffled[: settings.positions].sort().values
+    counts = count_targets(mask, positions.to(ids.device), A)
     total: dict[str, Tensor] = {}
     for part, targets in split(ids, mask, settings.micro_batch):
         output = model(part, positions=positions, target_mask=targets, generator=generator)
@@ -393,6 +393,11 @@ def start_run(given: dict) -> tuple[Settings, ThoughtConfig, Path]:
     thoughts = ThoughtConfig(**(EMBEDDED_THOUGHTS if embedded else {}) | thought_options)
     if thoughts.n_true >= settings.context:
         raise ValueError(f"n_true ({thoughts.n_true}) must be below context ({settings.context})")
+    if (settings.positions or 0) > settings.context - thoughts.n_true:
+        raise ValueError(
+            f"positions is {settings.positions}; of {settings.context} tokens "
+            f"{settings.context - thoughts.n_true} have {thoughts.n_true} ahead"
+        )
     if embedded != (settings.base_steps > 0):
         raise ValueError("--base-steps must be at least 1 on the embedded corpus, and 0 elsewhere")
     return settings, thoughts, run

@@ -167,6 +167,7 @@ def test_runs_get_their_own_folders(tmp_path, monkeypatch):
         ("--base-weight 2", "base_weight is 2.0; it must be between 0 and 1"),
         ("--lr 0", "lr is 0.0; it must be positive"),
         ("--n-true 16", "n_true (16) must be below context (16)"),
+        ("--positions 15", "positions is 15; of 16 tokens 14 have 2 ahead"),
         ("--checkpoint nowhere", "--checkpoint and --data go together"),
         ("--checkpoint nowhere --data text --base-steps 0", "nowhere does not exist"),
         ("--resume --seed 1", "leave out"),

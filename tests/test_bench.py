@@ -1,0 +1,30 @@
+"""The benchmark runs, and its floor counts what the design says."""
+
+import pytest
+
+import bench
+from model import MistralConfig
+
+
+def test_tokens_of_a_step():
+    """T + N J (K + A + 1) with J = T - A: 256 + 2 * 252 * 14."""
+    assert bench.Case(256).tokens == 7312
+    assert bench.Case(10, K=0, A=1, N=3).tokens == 10 + 3 * 9 * 2
+
+
+def test_saved_bytes_of_one_linear_layer_more(monkeypatch):
+    """A wider MLP saves exactly its wider activations more: gate, up, silu's input and output."""
+    sizes = []
+    for width in (32, 48):
+        monkeypatch.setattr(bench, "SMALL", MistralConfig(50, 16, width, 1, 2, 1))
+        sizes.append(bench.saved_bytes(bench.Case(20)))
+    assert sizes[1] - sizes[0] == 4 * 20 * 16 * 4
+
+
+@pytest.mark.skipif(not bench.Path("/proc/self/clear_refs").exists(), reason="Linux only")
+def test_table(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "SMALL", MistralConfig(50, 16, 32, 1, 2, 1))
+    bench.main(["--context", "16", "--repeats", "1", "--thought-length", "2", "--n-true", "2"])
+    header, row = capsys.readouterr().out.splitlines()
+    assert len(header.replace(" s", "s").replace(" MB", "MB").split()) == len(row.split())
+    assert float(row.split()[7]) > 0
