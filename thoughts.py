@@ -29,9 +29,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from model import (
     Cache,
+    Layer,
     Mistral,
     at_least_float32,
     build_mistral,
@@ -450,13 +452,36 @@ class Workspace(NamedTuple):
     own: list[list[tuple[Tensor, Tensor]]]  # each layer's of the thoughts' steps so far
 
 
-class QuietStar(nn.Module):
-    """A Mistral that thinks. At initialisation it predicts exactly what the Mistral does."""
+def layer_step(
+    layer: Layer,
+    x: Tensor,
+    rotary: Tensor,
+    text: tuple[Tensor, Tensor],
+    past: list[tuple[Tensor, Tensor]],
+    bias: Tensor,
+    blocks: list[Block],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One layer of one step of all thoughts: x [B, P, D] -> x, and the step's k, v.
 
-    def __init__(self, model: Mistral, config: ThoughtConfig):
+    past: the layer's (k, v) of earlier steps; the rest is as in thought_attention. A pure function,
+    so that its activations can be computed again in the backward pass instead of kept.
+    """
+    q, k, v = layer.project(x, rotary)
+    return layer.finish(x, thought_attention(q, text, [*past, (k, v)], bias, blocks)), k, v
+
+
+class QuietStar(nn.Module):
+    """A Mistral that thinks. At initialisation it predicts exactly what the Mistral does.
+
+    checkpointing: keep only the layers' inputs, keys and values of every step, and compute the
+    rest again in the backward pass: a fraction of the memory for a third more time.
+    """
+
+    def __init__(self, model: Mistral, config: ThoughtConfig, checkpointing: bool = False):
         super().__init__()
         self.model = model
         self.config = config
+        self.checkpointing = checkpointing
         D, V = model.config.hidden_size, model.config.vocab_size
         for name in ("init_id", "start_id", "end_id"):
             token = getattr(config, name)
@@ -514,10 +539,16 @@ class QuietStar(nn.Module):
         bias = bias.repeat_interleave(N, dim=0)  # [P, T]
         rotary = self.model.rotary((space.positions + step).repeat_interleave(N))
         for layer, text, own in zip(self.model.layers, space.text, space.own, strict=True):
-            q, k, v = layer.project(x, rotary)
+            oldest = max(len(own) + 1 - window, 0) if window else 0  # in the thought's own window
+            past = own[oldest:]  # a copy: own grows, and checkpointing comes back to it
+            arguments = (layer, x, rotary, text, past, bias, space.blocks)
+            if self.checkpointing and torch.is_grad_enabled():
+                x, k, v = checkpoint(
+                    layer_step, *arguments, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                x, k, v = layer_step(*arguments)
             own.append((k, v))
-            recent = own[-(window or 0) :]  # a thought's own window
-            x = layer.finish(x, thought_attention(q, text, recent, bias, space.blocks))
         return self.model.norm(x)
 
     def forward(

@@ -36,15 +36,18 @@ from torch import Tensor, nn
 
 import data
 import eval as evaluation
+from cost import Work, free_memory, memory_plan, peak_flops, show_plan, step_flops
 from model import (
     Mistral,
     MistralConfig,
     load_mistral,
+    read_config,
     read_json,
     save_mistral,
     write_file,
     write_json,
 )
+from optim import BFloat16AdamW
 from sample import check_belongs, execute, pick_device
 from thoughts import (
     QuietStar,
@@ -57,6 +60,8 @@ from thoughts import (
     thinks,
 )
 from tokenizer import load_tokenizer, save_byte_tokenizer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,10 @@ class Settings:
     weight_decay: float = 1e-3  # of AdamW
     clip: float = 1.0  # largest norm of the gradient
     save_every: int = 50  # steps between checkpoints
+    dtype: str = "float32"  # of weights and activations: float32 or bfloat16
+    masters: bool | None = None  # float32 copies of bfloat16 weights (optim.py); none: if they fit
+    checkpointing: bool = False  # keep fewer activations, compute them twice
+    compile: bool = False  # compile the layers: slow to start, then faster
     base_steps: int = 0  # embedded corpus: optimiser steps of the base model, before Quiet-STaR
 
     def __post_init__(self):
@@ -94,9 +103,14 @@ class Settings:
             "clip": (self.clip > 0, "positive"),
             "save_every": (self.save_every >= 1, "at least 1"),
             "base_steps": (self.base_steps >= 0, "at least 0"),
+            "dtype": (self.dtype in DTYPES, " or ".join(DTYPES)),
         }
         check_settings(self, allowed)
 
+
+PRESETS = {  # what differs from the defaults to fit a 7 B model on one GPU of 80 GB
+    "mistral-7b": {"dtype": "bfloat16", "checkpointing": True, "micro_batch": 1},
+}
 
 # What differs on the embedded corpus: embeddings and rates of a model that is 128 wide.
 EMBEDDED = {"steps": 100, "context": 64, "lr": 2e-4, "mixing_lr": 1e-3, "base_steps": 500}
@@ -184,6 +198,8 @@ class Stage:
     step: Callable[..., dict[str, Tensor]]  # adds gradients, returns metrics
     save: Callable[[Path], None]  # writes the model into a folder
     tokenizer: Path  # folder whose tokenizer goes into every checkpoint
+    flops: float  # operations of a step
+    peak: float  # operations per second of a large matrix product on this device
 
 
 def train_stage(stage: Stage, settings: Settings, run: Path) -> None:
@@ -209,6 +225,7 @@ def train_stage(stage: Stage, settings: Settings, run: Path) -> None:
         stage.optimizer.step()
         now = time.perf_counter()
         metrics["tokens_per_second"] = ids.numel() / (now - clock)
+        metrics["utilisation"] = stage.flops / (now - clock) / stage.peak
         metrics["lr"] = stage.optimizer.param_groups[0]["lr"]
         clock = now
         left = (now - began) / (step + 1 - start) * (stage.steps - step - 1)
@@ -224,10 +241,11 @@ def log(path: Path, stage: Stage, step: int, metrics: dict[str, float], left: fl
     gain = f"  reward {metrics['reward']:+.4f}" if "reward" in metrics else ""
     line = (
         f"{stage.name} {step}/{stage.steps}  loss {metrics['loss']:.4f}{gain}  "
-        f"{metrics['tokens_per_second']:.0f} tokens/s  {left:.0f} s left"
+        f"{metrics['tokens_per_second']:.0f} tokens/s  "
+        f"{100 * metrics['utilisation']:.0f} % of peak  {left:.0f} s left"
     )
     if sys.stdout.isatty():
-        print(f"\r{line:<90}", end="\n" if step == stage.steps else "", flush=True)
+        print(f"\r{line:<100}", end="\n" if step == stage.steps else "", flush=True)
     elif step % max(stage.steps // 10, 1) == 0 or step == stage.steps:
         print(line, flush=True)
 
@@ -321,7 +339,48 @@ def base_stage(settings: Settings, run: Path, device: torch.device) -> Stage:
         step=language_step,
         save=lambda folder: save_mistral(model, folder),
         tokenizer=run,
+        flops=step_flops(BASE, ThoughtConfig(), Work(BASE_BATCH, BASE_BATCH, settings.context, 0)),
+        peak=peak_flops(device, torch.float32),
     )
+
+
+def work_of(settings: Settings, thoughts: ThoughtConfig) -> Work:
+    """The shape of a step of Quiet-STaR."""
+    J = settings.positions or settings.context - thoughts.n_true
+    return Work(
+        settings.batch_size, settings.micro_batch or settings.batch_size, settings.context, J
+    )
+
+
+def plan_memory(
+    settings: Settings, thoughts: ThoughtConfig, device: torch.device
+) -> tuple[Settings, str]:
+    """Settings with `masters` decided, and the memory plan; ValueError if it does not fit."""
+    config = read_config(Path(settings.checkpoint)) if settings.checkpoint else BASE
+    free, work = free_memory(device), work_of(settings, thoughts)
+
+    def plan(masters: bool) -> dict[str, float]:
+        weight = DTYPES[settings.dtype].itemsize
+        state = 8 if weight == 4 else 12 if masters else 4  # bytes a parameter in the optimiser
+        return memory_plan(config, thoughts, work, weight, state, settings.checkpointing)
+
+    masters = settings.masters
+    if masters is None:
+        masters = free is None or plan(True)["total"] <= free
+    text = show_plan(plan(masters), free)
+    if free is not None and plan(masters)["total"] > free:
+        raise ValueError(
+            f"{text}; try --micro-batch 1, --checkpointing, --dtype bfloat16, --no-masters, a "
+            "smaller --positions, --context or --thought-length, or a smaller model"
+        )
+    return replace(settings, masters=masters), text
+
+
+def make_optimizer(weights: list[dict], settings: Settings) -> torch.optim.Optimizer:
+    """AdamW; for bfloat16 weights one that does not round small updates away."""
+    if settings.dtype == "float32":
+        return torch.optim.AdamW(weights, weight_decay=settings.weight_decay)
+    return BFloat16AdamW(weights, bool(settings.masters), settings.weight_decay)
 
 
 def quiet_star_stage(
@@ -333,14 +392,17 @@ def quiet_star_stage(
     tokenizer = load_tokenizer(source)
     checkpoint = checkpoint_of(run / "quiet_star")
     if checkpoint:
-        model = load_quiet_star(checkpoint)
+        model = load_quiet_star(checkpoint, device=device)
     elif thinks(source):
         raise ValueError(f"{source} thinks already; --checkpoint takes a plain model")
     else:
-        base = load_mistral(source, dtype=torch.float32)
+        base = load_mistral(source, DTYPES[settings.dtype], device)
         check_belongs(tokenizer, base.config.vocab_size, source)
         model = QuietStar(base, replace(thoughts, init_id=tokenizer.token_id(EM_DASH)))
-    model.to(device)
+    model.checkpointing = settings.checkpointing
+    if settings.compile:
+        for layer in model.model.layers:
+            layer.project, layer.finish = torch.compile(layer.project), torch.compile(layer.finish)
     if settings.data:
         documents = data.read_documents(settings.data)
     else:
@@ -359,12 +421,14 @@ def quiet_star_stage(
         name="quiet_star",
         model=model,
         steps=settings.steps,
-        optimizer=torch.optim.AdamW(weights, weight_decay=settings.weight_decay),
+        optimizer=make_optimizer(weights, settings),
         rate=constant_after(settings.warmup),
         batch=lambda step: tokens.batch(step, B, T, settings.seed, device),
         step=quiet_star_step,
         save=lambda folder: save_quiet_star(model, folder),
         tokenizer=source,
+        flops=step_flops(model.model.config, model.config, work_of(settings, model.config)),
+        peak=peak_flops(device, DTYPES[settings.dtype]),
     )
 
 
@@ -375,13 +439,14 @@ def start_run(given: dict) -> tuple[Settings, ThoughtConfig, Path]:
     options of the command line.
     """
     out, resume = given.pop("out", None), given.pop("resume")
+    preset = PRESETS[given.pop("preset")] if "preset" in given else {}
     if resume:
-        return resume_run(out, given)
+        return resume_run(out, given | preset)
     run = Path(out) if out else first_free_run(Path("runs"))
     if run.exists() and any(run.iterdir()):
         raise ValueError(f"{run} is not empty; give another --out, or --resume to continue it")
     names = {field.name for field in fields(Settings)}
-    options = {name: value for name, value in given.items() if name in names}
+    options = preset | {name: value for name, value in given.items() if name in names}
     thought_options = {name: value for name, value in given.items() if name not in names}
     embedded = "checkpoint" not in options
     if embedded == ("data" in options):
@@ -438,6 +503,8 @@ def execute_run(options: argparse.Namespace) -> None:
     given = dict(vars(options))
     device = pick_device(given.pop("device"))
     settings, thoughts, run = start_run(given)
+    settings, plan = plan_memory(settings, thoughts, device)
+    print(f"run {run} on {device}, {torch.get_num_threads()} threads; {plan}")
     if settings.checkpoint:
         stage = quiet_star_stage(settings, thoughts, run, device)  # reads all inputs first
         write_settings(settings, thoughts, run)
@@ -495,6 +562,7 @@ def main(arguments: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--out", metavar="FOLDER", help="folder of the run; none: runs/1, runs/2, ...")
     add("--resume", action="store_true", help="continue the run in --out")
+    add("--preset", choices=PRESETS, default=argparse.SUPPRESS, help="settings for a large model")
     add("--device", help="cpu, cuda, mps; none: the best there is")
     add_settings(parser, Settings, EMBEDDED)
     add_settings(parser, ThoughtConfig, EMBEDDED_THOUGHTS)

@@ -4,7 +4,13 @@ import pytest
 import torch
 from tiny import random_ids, think_slowly, tiny_quiet_star
 
-from thoughts import attention_blocks, parallel_thought_mask, text_visible, thought_attention
+from thoughts import (
+    attention_blocks,
+    parallel_thought_mask,
+    quiet_star_loss,
+    text_visible,
+    thought_attention,
+)
 
 
 @pytest.mark.parametrize("window", [None, 5, 2])
@@ -137,6 +143,21 @@ def test_mask_by_hand_with_window():
 
 def draw(mask):
     return ["".join("x" if cell else "." for cell in row) for row in mask]
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_checkpointing_changes_nothing(window):
+    """The same loss and, to the last bit but rounding, the same gradient."""
+    results = []
+    for checkpointing in (False, True):
+        model = tiny_quiet_star(window=window)
+        model.checkpointing = checkpointing
+        output = model(random_ids(2, 9), generator=torch.Generator().manual_seed(0))
+        loss, _ = quiet_star_loss(output, model.config)
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for plain, again in zip(*results, strict=True):
+        assert (plain - again).abs().max() < 1e-6
 
 
 def test_no_thought_at_all():

@@ -34,7 +34,7 @@ def losses(out):
     return {
         (line.pop("stage"), line.pop("step")): line
         for line in lines
-        if line.pop("tokens_per_second")
+        if line.pop("tokens_per_second") and line.pop("utilisation")
     }
 
 
@@ -152,6 +152,62 @@ def test_a_checkpoint_with_the_papers_settings(tmp_path, checkpoint):
     assert generate(model, random_ids(1, 4), 3).shape == (1, 7)
 
 
+@pytest.mark.parametrize("options", ["--masters", "--no-masters", "--checkpointing"])
+def test_bfloat16_trains_and_resumes(tmp_path, checkpoint, options):
+    """3 + 1 steps are 4 steps, bit for bit, also with random rounding."""
+    settings = f"{checkpoint} --steps 4 --context 16 --dtype bfloat16 --lr 1e-3 {options}"
+    run(tmp_path / "whole", settings + " --save-every 3", small="")
+    model = load_quiet_star(tmp_path / "whole" / "quiet_star")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+    class KilledError(Exception):
+        pass
+
+    def killed(*arguments):
+        raise KilledError
+
+    stop = train.nn.utils.clip_grad_norm_
+    count = iter(range(10))
+    train.nn.utils.clip_grad_norm_ = lambda *a: stop(*a) if next(count) < 3 else killed()
+    try:
+        with pytest.raises(KilledError):
+            run(tmp_path / "killed", settings + " --save-every 3", small="")
+    finally:
+        train.nn.utils.clip_grad_norm_ = stop
+    train.main(["--out", str(tmp_path / "killed"), "--resume", "--device", "cpu"])
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    same_weights(tmp_path / "whole" / "quiet_star", tmp_path / "killed" / "quiet_star")
+
+
+def test_preset(tmp_path, checkpoint):
+    options = checkpoint + " --preset mistral-7b --steps 1 --context 16"
+    run(tmp_path / "out", options, small="")
+    saved = json.loads((tmp_path / "out" / "settings.json").read_text())["settings"]
+    assert (saved["dtype"], saved["micro_batch"], saved["checkpointing"]) == ("bfloat16", 1, True)
+    assert saved["masters"]  # there is room for them here
+
+
+def test_a_plan_that_does_not_fit_is_refused(tmp_path, checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr(train, "free_memory", lambda device: 1e5)
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path / "out", checkpoint, small="")
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert "memory plan (GB)" in error
+    assert "try --micro-batch 1" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_compiled_losses_are_the_same(tmp_path, checkpoint):
+    for name, option in (("plain", ""), ("compiled", " --compile")):
+        run(tmp_path / name, checkpoint + " --steps 2 --context 16 --lr 1e-3" + option, small="")
+    plain, compiled = (losses(tmp_path / name) for name in ("plain", "compiled"))
+    for step, metrics in plain.items():
+        for name, value in metrics.items():
+            assert compiled[step][name] == pytest.approx(value, rel=1e-4, abs=1e-5)
+
+
 def test_runs_get_their_own_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
@@ -169,7 +225,7 @@ def test_runs_get_their_own_folders(tmp_path, monkeypatch):
         ("--n-true 16", "n_true (16) must be below context (16)"),
         ("--positions 15", "positions is 15; of 16 tokens 14 have 2 ahead"),
         ("--checkpoint nowhere", "--checkpoint and --data go together"),
-        ("--checkpoint nowhere --data text --base-steps 0", "nowhere does not exist"),
+        ("--checkpoint nowhere --data text --base-steps 0", "nowhere is no checkpoint folder"),
         ("--resume --seed 1", "leave out"),
     ],
 )

@@ -1,0 +1,131 @@
+"""What a step costs before it is run: arithmetic and memory, counted from shapes.
+
+Letters as in model.py and thoughts.py; rows = N * J thoughts of a sequence.
+"""
+
+import math
+import os
+import time
+from dataclasses import dataclass
+
+import torch
+
+from model import MistralConfig
+from thoughts import ThoughtConfig
+
+GIGABYTE = 1e9
+
+
+@dataclass(frozen=True)
+class Work:
+    """A step: sequences of T tokens of which J think, `at_once` of them in a forward pass."""
+
+    batch: int  # B, sequences in a step
+    at_once: int  # sequences in a micro-batch
+    T: int
+    J: int
+
+
+def parameters(model: MistralConfig) -> tuple[int, int, int]:
+    """Parameters of all layers, of the head, and all of Quiet-STaR together."""
+    D, V = model.hidden_size, model.vocab_size
+    q, kv = (n * model.head_dim for n in (model.num_attention_heads, model.num_key_value_heads))
+    layer = 2 * D * q + 2 * D * kv + 3 * D * model.intermediate_size + 2 * D
+    layers, head = model.num_hidden_layers * layer, V * D
+    mixing = 3 * D * D + 3 * D
+    embeddings = 1 if model.tie_word_embeddings else 2
+    return layers, head, layers + embeddings * head + D + mixing + 2 * D
+
+
+def step_flops(model: MistralConfig, thoughts: ThoughtConfig, work: Work) -> float:
+    """Floating-point operations of one optimiser step, forward and backward.
+
+    Two per multiply-add, and twice the forward pass for the backward pass; what checkpointing
+    computes again does not count (the convention of model FLOP utilisation).
+    """
+    N, K, A, T = thoughts.n_thoughts, thoughts.thought_length, thoughts.n_true, work.T
+    rows, steps = N * work.J, K + A + 1
+    layers, head, _ = parameters(model)
+    through_layers = layers * (T + rows * steps)
+    through_head = head * (T - 1 + rows * (K + A))
+    mixing = 3 * model.hidden_size**2 * rows * A
+    keys = T * T / 2 + rows * (
+        steps * T / 2 + steps * (steps + 1) / 2
+    )  # a query sees half the text
+    width = model.num_hidden_layers * model.num_attention_heads * model.head_dim
+    return 6.0 * work.batch * (through_layers + through_head + mixing + 2 * width * keys)
+
+
+def memory_plan(
+    model: MistralConfig,
+    thoughts: ThoughtConfig,
+    work: Work,
+    weight_bytes: int,
+    optimizer_bytes: int,
+    checkpointing: bool,
+) -> dict[str, float]:
+    """Bytes that training needs: weights, gradients, optimiser, activations, and their total.
+
+    weight_bytes: of a parameter and of an activation, 2 or 4; optimizer_bytes: of the optimiser's
+    state per parameter. Activations are those kept for the backward pass and the largest that
+    come and go: three tensors of logits, and one layer's step while it is computed again.
+    """
+    D, H = model.hidden_size, model.num_attention_heads * model.head_dim
+    kv, inner = model.num_key_value_heads * model.head_dim, model.intermediate_size
+    N, K, A, L = (
+        thoughts.n_thoughts,
+        thoughts.thought_length,
+        thoughts.n_true,
+        model.num_hidden_layers,
+    )
+    rows, steps = N * work.J, K + A + 1
+    wide = max(weight_bytes, 4) / weight_bytes  # norms and logits are in float32
+    layer = 2 * (1 + 2 * wide) * D + 3 * H + 2 * kv + 4 * inner  # kept of a token in a layer
+    text = work.T * (L * (layer + 2 * H) + 3 * D)
+    thought = rows * steps * L * (D + 2 * kv if checkpointing else layer)
+    ends = rows * (steps * (2 + wide) * D + A * 8 * D)  # last norms, heads, mixing
+    passing = 3 * wide * rows * model.vocab_size + 2 * rows * layer
+    _, _, count = parameters(model)
+    plan = {
+        "weights": count * weight_bytes,
+        "gradients": count * weight_bytes,
+        "optimiser": count * optimizer_bytes,
+        "activations": work.at_once * (text + thought + ends + passing) * weight_bytes,
+    }
+    return plan | {"total": sum(plan.values())}
+
+
+def show_plan(plan: dict[str, float], available: float | None) -> str:
+    """The plan as a line, in GB."""
+    parts = ", ".join(f"{name} {size / GIGABYTE:.2f}" for name, size in plan.items())
+    has = "" if available is None else f"; the device has {available / GIGABYTE:.2f} free"
+    return f"memory plan (GB): {parts}{has}"
+
+
+def free_memory(device: torch.device) -> float | None:
+    """Bytes that are free on the device (on the CPU: that it has); None if it does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cpu" and "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """The most operations per second that a large matrix product reaches here, best of five."""
+    size = 8192 if device.type == "cuda" else 768
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    best = math.inf
+    for _ in range(6):  # the first warms up
+        synchronize(device)
+        begin = time.perf_counter()
+        a @ b
+        synchronize(device)
+        best = min(best, time.perf_counter() - begin)
+    return 2 * size**3 / best
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device: its work is queued, and a clock read before it ends means nothing."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,83 @@
+"""AdamW for bfloat16 weights whose small updates are not rounded away.
+
+A bfloat16 number has 8 significant bits: next to 1.0 it moves in steps of 0.0078, while Adam at the
+paper's learning rate of 1e-6 moves a weight by about 0.000001. Rounded to nearest, nearly all of
+those updates are lost. Two remedies, both here:
+
+    float32 masters        the optimiser keeps a float32 copy of every weight and float32 moments:
+                           12 bytes a parameter beside the 2 of the weight and 2 of its gradient
+    stochastic rounding    weights and moments stay in bfloat16, 4 bytes a parameter, and every
+                           result is rounded up or down at random, so that its mean is right
+"""
+
+import torch
+from torch import Tensor
+
+
+def round_stochastically(target: Tensor, source: Tensor, generator: torch.Generator) -> None:
+    """Write source (float32) into target (bfloat16), each number rounded to one of its neighbours.
+
+    The probability is the nearness, so the mean over many roundings is the number itself. A
+    bfloat16 is the upper half of a float32: a random number below one unit of that half is added
+    to the bits, and the lower half is cut off. Numbers that bfloat16 has are kept.
+    """
+    bits = source.contiguous().view(torch.int32)
+    noise = torch.empty_like(bits).random_(1 << 16, generator=generator)
+    target.copy_(((bits + noise) & -(1 << 16)).view(torch.float32))
+
+
+class BFloat16AdamW(torch.optim.Optimizer):
+    """AdamW (Loshchilov & Hutter 2019) for bfloat16 parameters; see the top of this file.
+
+    masters: keep float32 masters and moments; otherwise round stochastically.
+    """
+
+    def __init__(self, params, masters: bool, weight_decay: float, betas=(0.9, 0.999), eps=1e-8):
+        super().__init__(params, {"lr": 1e-3, "weight_decay": weight_decay})
+        self.masters, self.betas, self.eps, self.steps = masters, betas, eps, 0
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Move every parameter that has a gradient."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group["lr"], group["weight_decay"])
+
+    def _update(self, parameter: Tensor, lr: float, weight_decay: float) -> None:
+        state = self.state[parameter]
+        if not state:
+            dtype = torch.float32 if self.masters else parameter.dtype
+            state["step"] = 0
+            state["exp_avg"] = torch.zeros_like(parameter, dtype=dtype)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=dtype)
+            if self.masters:
+                state["master"] = parameter.float()
+        state["step"] += 1
+        (beta1, beta2), gradient = self.betas, parameter.grad.float()
+        mean = state["exp_avg"].float().lerp_(gradient, 1 - beta1)
+        square = state["exp_avg_sq"].float().lerp_(gradient.square(), 1 - beta2)
+        unbias1, unbias2 = 1 - beta1 ** state["step"], 1 - beta2 ** state["step"]
+        move = mean / unbias1 / ((square / unbias2).sqrt_() + self.eps)
+        weight = state["master"] if self.masters else parameter.float()
+        weight.mul_(1 - lr * weight_decay).sub_(move, alpha=lr)
+        if self.masters:
+            state["exp_avg"], state["exp_avg_sq"] = mean, square
+            parameter.copy_(weight)
+            return
+        # Seeded by the step: a resumed run rounds as the uninterrupted one did.
+        generator = torch.Generator(parameter.device).manual_seed(state["step"])
+        round_stochastically(state["exp_avg"], mean, generator)
+        round_stochastically(state["exp_avg_sq"], square, generator)
+        round_stochastically(parameter, weight, generator)
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As torch's, but float32 masters and moments stay float32."""
+        super().load_state_dict(state_dict)
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for index, saved in state_dict["state"].items():
+            parameter = parameters[index]
+            self.state[parameter] = {
+                name: value.to(parameter.device) if isinstance(value, Tensor) else value
+                for name, value in saved.items()
+            }
