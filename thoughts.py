@@ -147,20 +147,6 @@ def parallel_thought_mask(
     return (up_to_origin | own_thought) & in_window(rotary[:, None], rotary, window)
 
 
-def attention_probabilities(
-    q: Tensor, text_k: Tensor, text_bias: Tensor, own_k: tuple[Tensor, ...]
-) -> Tensor:
-    """Softmax over the text's keys and the thought's own -> [B, Hkv, G, P, T + s].
-
-    q [B, Hkv, G, P, Dh] already divided by sqrt(Dh), G queries to a key's head; text_k
-    [B, Hkv, T, Dh], shared by all rows: one matrix product; text_bias [P, T], 0 or -inf;
-    own_k s keys [B, Hkv, 1, P, Dh], a row's own: s elementwise products.
-    """
-    text = (q.flatten(2, 3) @ text_k.mT).unflatten(2, q.shape[2:4])  # [B, Hkv, G, P, T]
-    own = [(q * k).sum(-1, keepdim=True) for k in own_k]  # s of [B, Hkv, G, P, 1]
-    return torch.softmax(torch.cat([text.add_(text_bias), *own], dim=-1), dim=-1)
-
-
 class Block(NamedTuple):
     """Some thoughts, next to each other, and the stretch of the text that any of them sees."""
 
@@ -186,6 +172,21 @@ def attention_blocks(
     return blocks
 
 
+def probabilities(q: Tensor, text_k: Tensor, text_bias: Tensor, own_scores: Tensor) -> Tensor:
+    """Softmax of some rows over the text's keys and the thought's own -> [B, Hkv, G, rows, T + s].
+
+    q [B, Hkv, G, rows, Dh]; text_k [B, Hkv, T, Dh], shared by all rows: one matrix product;
+    text_bias [rows, T], 0 or -inf; own_scores [B, Hkv, G, rows, s].
+    """
+    text = (q.flatten(2, 3) @ text_k.mT).unflatten(2, q.shape[2:4])  # [B, Hkv, G, rows, T]
+    return torch.softmax(torch.cat([text.add_(text_bias), own_scores], dim=-1), dim=-1)
+
+
+def dot_each(x: Tensor, own: list[Tensor]) -> Tensor:
+    """Products of each row of x [B, Hkv, G, P, Dh] with its own s vectors [B, Hkv, P, Dh]."""
+    return torch.stack([torch.linalg.vecdot(x, y[:, :, None]) for y in own], dim=-1)
+
+
 class _ThoughtAttention(torch.autograd.Function):
     """The trick of this file: attention that does not keep its probabilities.
 
@@ -194,22 +195,23 @@ class _ThoughtAttention(torch.autograd.Function):
 
         o = P v    dv = P' do    dS = P * (do v' - sum(do * o))    dq = dS k    dk = dS' q
 
-    All tensors are as in attention_probabilities; own holds s keys, then s values.
+    q [B, Hkv, G, P, Dh] is divided by sqrt(Dh) already, with G queries to a key's head; text_k and
+    text_v are [B, Hkv, T, Dh]; own are s keys, then s values [B, Hkv, P, Dh].
     """
 
     @staticmethod
     def forward(ctx, q, text_k, text_v, text_bias, blocks, *own):
-        out = torch.empty_like(q)
+        own_k, own_v = own[: len(own) // 2], own[len(own) // 2 :]
+        out, own_p = torch.empty_like(q), dot_each(q, own_k)
         for rows, keys in blocks:
-            own_k, own_v = own_rows(own, rows)
-            p = attention_probabilities(
-                q[:, :, :, rows], text_k[:, :, keys], text_bias[rows, keys], own_k
-            )
-            p_text, p_own = p.split([p.shape[-1] - len(own_k), len(own_k)], dim=-1)
-            block = (p_text.flatten(2, 3) @ text_v[:, :, keys]).view_as(q[:, :, :, rows])
-            for s, v in enumerate(own_v):
-                block.addcmul_(p_own[..., s, None], v)
-            out[:, :, :, rows] = block
+            bias, part = text_bias[rows, keys], own_p[..., rows, :]
+            p = probabilities(q[..., rows, :], text_k[:, :, keys], bias, part)
+            p_text, p_own = p.split([bias.shape[1], len(own_k)], dim=-1)
+            text = p_text.flatten(2, 3) @ text_v[:, :, keys]
+            out[..., rows, :] = text.unflatten(2, p.shape[2:4])
+            part.copy_(p_own)  # scores become probabilities
+        for s, v in enumerate(own_v):
+            out.addcmul_(own_p[..., s, None], v[:, :, None])
         ctx.save_for_backward(q, text_k, text_v, text_bias, out, *own)
         ctx.blocks = blocks
         return out
@@ -217,37 +219,28 @@ class _ThoughtAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_out):
         q, text_k, text_v, text_bias, out, *own = ctx.saved_tensors
+        own_k, own_v = own[: len(own) // 2], own[len(own) // 2 :]
         d_q, d_text_k, d_text_v = map(torch.zeros_like, (q, text_k, text_v))
-        d_own = [torch.empty_like(x) for x in own]
         overlap = (d_out * out).sum(-1, keepdim=True)  # [B, Hkv, G, P, 1]
+        own_p, d_own = dot_each(q, own_k), dot_each(d_out, own_v).sub_(overlap)  # [..., P, s]
         for rows, keys in ctx.blocks:
-            (own_k, own_v), (d_own_k, d_own_v) = own_rows(own, rows), own_rows(d_own, rows)
-            block_q, block_d = q[:, :, :, rows], d_out[:, :, :, rows]
-            p = attention_probabilities(block_q, text_k[:, :, keys], text_bias[rows, keys], own_k)
-            p_text, p_own = p.split([p.shape[-1] - len(own_k), len(own_k)], dim=-1)
-            p_text, d_rows = p_text.flatten(2, 3), block_d.flatten(2, 3)
-            past = overlap[:, :, :, rows]
-            d_scores = (d_rows @ text_v[:, :, keys].mT).sub_(past.flatten(2, 3)).mul_(p_text)
-            d_text_v[:, :, keys] += p_text.mT @ d_rows
-            d_text_k[:, :, keys] += d_scores.mT @ block_q.flatten(2, 3)
-            block_d_q = (d_scores @ text_k[:, :, keys]).view_as(block_q)
-            for s, (k, v) in enumerate(zip(own_k, own_v, strict=True)):
-                p_s = p_own[..., s, None]  # [B, Hkv, G, rows, 1]
-                d_score = ((block_d * v).sum(-1, keepdim=True) - past) * p_s
-                block_d_q.addcmul_(d_score, k)
-                torch.sum(d_score * block_q, 2, keepdim=True, out=d_own_k[s])
-                torch.sum(p_s * block_d, 2, keepdim=True, out=d_own_v[s])
-            d_q[:, :, :, rows] = block_d_q
-        return d_q, d_text_k, d_text_v, None, None, *d_own
-
-
-def own_rows(own, rows: slice):
-    """Some rows of the thoughts' s keys and s values [B, Hkv, P, Dh] -> each [B, Hkv, 1, rows, Dh].
-
-    The axis of length 1 stands for the G queries that share a key.
-    """
-    parts = [x[:, :, None, rows] for x in own]
-    return parts[: len(parts) // 2], parts[len(parts) // 2 :]
+            bias, part, shape = text_bias[rows, keys], own_p[..., rows, :], q[..., rows, :].shape
+            p = probabilities(q[..., rows, :], text_k[:, :, keys], bias, part)
+            p_text, p_own = p.split([bias.shape[1], len(own_k)], dim=-1)
+            part.copy_(p_own)
+            p_text, d_o, x, past = (
+                y.flatten(2, 3) for y in (p_text, *(z[..., rows, :] for z in (d_out, q, overlap)))
+            )  # [B, Hkv, G * rows, ...]
+            d_scores = (d_o @ text_v[:, :, keys].mT).sub_(past).mul_(p_text)
+            d_text_v[:, :, keys] += p_text.mT @ d_o
+            d_text_k[:, :, keys] += d_scores.mT @ x
+            d_q[..., rows, :] = (d_scores @ text_k[:, :, keys]).view(shape)
+        d_own.mul_(own_p)
+        for s, k in enumerate(own_k):
+            d_q.addcmul_(d_own[..., s, None], k[:, :, None])
+        d_own_k = torch.einsum("bhgps,bhgpd->sbhpd", d_own, q)
+        d_own_v = torch.einsum("bhgps,bhgpd->sbhpd", own_p, d_out)
+        return d_q, d_text_k, d_text_v, None, None, *d_own_k, *d_own_v
 
 
 def thought_attention(
