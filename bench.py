@@ -1,7 +1,10 @@
-"""What a step of Quiet-STaR costs, as ratios within one run.
+"""What Quiet-STaR costs, as ratios within one run.
 
-    python bench.py                         a few lengths of text on the 'small' model, one thread
-    python bench.py --context 256 --thought-length 9 --n-true 4
+    python bench.py                  training steps on the 'small' model, a few lengths of text
+    python bench.py --context 2048 --positions 64
+    python bench.py generation       a token with a thought against K + 1 steps without
+    python bench.py loading          a 4 GB checkpoint against reading its bytes
+    python bench.py mistral-7b       twenty steps of the preset on random weights, on a GPU
 
 A step handles M = T + N J (K + A + 1) tokens. The floor of its time is M times what the same model
 spends per token in a plain language-model step, forward and backward, head and loss included; the
@@ -14,10 +17,12 @@ import argparse
 import os
 import re
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -25,11 +30,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import Mistral, MistralConfig
-from sample import execute
+import cost
+import train
+from model import Mistral, MistralConfig, load_mistral, write_json, write_tensors
+from sample import execute, generate_steps
 from thoughts import QuietStar, ThoughtConfig, quiet_star_loss
 
 SMALL = MistralConfig(4096, 288, 768, 6, 6, 2)  # 7.7 M parameters
+LARGE = MistralConfig(32000, 2560, 8960, 20, 20, 4)  # 2 G parameters, 4 GB in bfloat16
+MISTRAL_7B = MistralConfig(32000, 4096, 14336, 32, 32, 8, sliding_window=4096)
 MEGABYTE = 1e6
 
 
@@ -42,11 +51,13 @@ class Case:
     A: int = 4
     N: int = 2
     checkpointing: bool = False
+    positions: int | None = None  # J, spread evenly; none: all that have A targets
 
     @property
     def tokens(self) -> int:
         """M, the tokens that a step handles."""
-        return self.T + self.N * (self.T - self.A) * (self.K + self.A + 1)
+        J = self.positions or self.T - self.A
+        return self.T + self.N * J * (self.K + self.A + 1)
 
 
 CASES = (Case(64), Case(256), Case(512), Case(512, K=13, A=8))
@@ -67,9 +78,12 @@ def plain_step(model: QuietStar, ids: Tensor) -> None:
     model.zero_grad()
 
 
-def quiet_step(model: QuietStar, ids: Tensor) -> None:
+def quiet_step(model: QuietStar, ids: Tensor, positions: int | None = None) -> None:
     """A Quiet-STaR step: forward and backward."""
-    quiet_star_loss(model(ids), model.config)[0].backward()
+    where = torch.arange(ids.shape[1] - model.config.n_true)
+    if positions:
+        where = where[:: len(where) // positions][:positions]
+    quiet_star_loss(model(ids, positions=where), model.config)[0].backward()
     model.zero_grad()
 
 
@@ -86,7 +100,8 @@ def time_ratio(case: Case, repeats: int) -> tuple[float, float]:
     plain, quiet = [], []
     for _ in range(repeats + 1):  # the first is warm-up
         plain.append(statistics.median(seconds(plain_step, model, ids) for _ in range(5)))
-        quiet.append(seconds(quiet_step, model, ids))
+        thinking = partial(quiet_step, positions=case.positions)
+        quiet.append(seconds(thinking, model, ids))
     return statistics.median(plain[1:]), statistics.median(quiet[1:])
 
 
@@ -116,7 +131,7 @@ def peak_bytes(case: Case) -> int:
     quiet_step(model, ids[:, : case.A + 4])  # what loads on first use
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak; Linux only
     before = resident("VmRSS")
-    quiet_step(model, ids)
+    quiet_step(model, ids, case.positions)
     return resident("VmHWM") - before
 
 
@@ -133,13 +148,12 @@ def resident(field: str) -> int:
     return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) * 1024
 
 
-def run(options: argparse.Namespace) -> None:
-    """Print the table."""
-    torch.set_num_threads(options.threads)
+def bench_steps(options: argparse.Namespace) -> None:
+    """Training steps against their floors."""
     cases = CASES
     if options.context:
         sizes = (options.context, options.thought_length, options.n_true)
-        cases = (Case(*sizes, checkpointing=options.checkpointing),)
+        cases = (Case(*sizes, checkpointing=options.checkpointing, positions=options.positions),)
     print("   T   K  A      M   plain s   floor s    ours s   ratio   peak MB  floor MB   ratio")
     for case in cases:
         plain, quiet = time_ratio(case, options.repeats)
@@ -154,16 +168,148 @@ def run(options: argparse.Namespace) -> None:
         )
 
 
+def bench_generation(options: argparse.Namespace) -> None:
+    """A token of a thinking model against K + 1 cached steps of the same model without thoughts."""
+    K, new = options.thought_length, 16
+    model, _ = make(Case(16, K=K))
+    print("prompt   plain step s   floor s    ours s   ratio")
+    for length in (64, 1024):
+        ids = torch.randint(SMALL.vocab_size, (1, length))
+        plain, ours = [], []
+        for _ in range(options.repeats + 1):  # the first is warm-up
+            for times, generator, tokens in (
+                (plain, model.model, new * (K + 1)),
+                (ours, model, new),
+            ):
+                steps = generate_steps(generator, ids, tokens + 1, temperature=0)
+                next(steps)  # reads the prompt
+                begin = time.perf_counter()
+                for _ in steps:
+                    pass
+                times.append((time.perf_counter() - begin) / tokens)
+        step, token = statistics.median(plain[1:]), statistics.median(ours[1:])
+        floor = (K + 1) * step
+        print(f"{length:6d}   {step:12.5f}  {floor:8.4f}  {token:8.4f}  {token / floor:6.3f}")
+
+
+def bench_loading(options: argparse.Namespace) -> None:
+    """A sharded bfloat16 checkpoint of about 4 GB: time against reading its bytes, peak memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        size = write_shards(Path(folder), LARGE, shards=4)
+        load_in_its_own_process(folder, None)  # fills the page cache
+        print(f"{size / 1e9:10.2f} GB  read s   load s   ratio   peak / size")
+        for dtype in (None, torch.float32):
+            read, load, peak = load_in_its_own_process(folder, dtype)
+            kept = size * (2 if dtype else 1)
+            name, ratios = str(dtype or "as is"), f"{load / read:6.3f}  {peak / kept:12.3f}"
+            print(f"{name:>13}  {read:6.2f}  {load:7.2f}  {ratios}", flush=True)
+
+
+def write_shards(folder: Path, config: MistralConfig, shards: int) -> int:
+    """A random bfloat16 checkpoint in several files, layer by layer; returns its bytes."""
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in Mistral(config).named_parameters()}
+    names, weight_map, total = list(shapes), {}, 0
+    for shard in range(shards):
+        file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        part = {}
+        for name in names[shard::shards]:
+            key = name if name.startswith("lm_head.") else f"model.{name}"
+            part[key] = torch.randn(shapes[name]).bfloat16()
+            weight_map[key] = file
+            total += part[key].nbytes
+        write_tensors(folder / file, part)
+    write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
+    write_json(folder / "config.json", {"model_type": "mistral", **asdict(config)})
+    return total
+
+
+def load_in_its_own_process(folder: str, dtype: torch.dtype | None) -> tuple[float, float, int]:
+    """Seconds to read a checkpoint's bytes and to load it, and the peak memory of loading."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(time_loading, folder, dtype).result()
+
+
+def time_loading(folder: str, dtype: torch.dtype | None) -> tuple[float, float, int]:
+    """See load_in_its_own_process."""
+    begin = time.perf_counter()
+    for file in Path(folder).glob("*.safetensors"):
+        file.read_bytes()
+    read = time.perf_counter() - begin
+    Path("/proc/self/clear_refs").write_text("5")
+    before, begin = resident("VmRSS"), time.perf_counter()
+    load_mistral(folder, dtype)
+    return read, time.perf_counter() - begin, resident("VmHWM") - before
+
+
+def bench_preset(options: argparse.Namespace) -> None:
+    """Steps of --preset mistral-7b on random weights of the real shape, made on the device."""
+    device = train.pick_device(options.device)
+    settings = train.Settings(**train.PRESETS["mistral-7b"], masters=False)
+    config = ThoughtConfig(init_id=0)
+    work = train.work_of(settings, config)
+    plan = cost.memory_plan(MISTRAL_7B, config, work, 2, 4, settings.checkpointing)
+    print(cost.show_plan(plan, cost.free_memory(device)))
+    with torch.device("meta"):
+        base = Mistral(MISTRAL_7B).bfloat16()
+    base = base.to_empty(device=device)
+    for parameter in base.parameters():
+        torch.nn.init.normal_(parameter, std=0.02) if parameter.dim() > 1 else parameter.data.fill_(
+            1
+        )
+    model = QuietStar(base, config, settings.checkpointing)
+    optimizer = train.make_optimizer([{"params": list(model.parameters()), "lr": 1e-6}], settings)
+    peak, generator = cost.peak_flops(device, torch.bfloat16), torch.Generator().manual_seed(0)
+    flops, seconds = cost.step_flops(MISTRAL_7B, config, work), []
+    for step in range(options.steps):
+        ids = torch.randint(MISTRAL_7B.vocab_size, (work.batch, work.T), generator=generator)
+        ids = ids.to(device)
+        cost.synchronize(device)
+        begin = time.perf_counter()
+        optimizer.zero_grad()
+        metrics = train.quiet_star_step(model, ids, torch.ones_like(ids) > 0, settings, generator)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+        optimizer.step()
+        cost.synchronize(device)
+        seconds.append(time.perf_counter() - begin)
+        used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+        print(
+            f"step {step + 1}  loss {metrics['loss'].item():.3f}  {seconds[-1]:.2f} s  "
+            f"{ids.numel() / seconds[-1]:.0f} tokens/s  {flops / seconds[-1] / peak:.1%} of the "
+            f"{peak / 1e12:.1f} TFLOP/s of a matrix product  peak memory {used / 1e9:.1f} GB",
+            flush=True,
+        )
+
+
+BENCHES = {
+    "steps": bench_steps,
+    "generation": bench_generation,
+    "loading": bench_loading,
+    "mistral-7b": bench_preset,
+}
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the chosen benchmark."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    BENCHES[options.what](options)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Time and memory of a step against their floors.")
+    parser = argparse.ArgumentParser(description="What things cost, as ratios within one run.")
     add = parser.add_argument
-    add("--context", type=int, help="tokens of text (T); none: the four cases of the README")
+    add("what", nargs="?", choices=BENCHES, default="steps", help="what to measure (steps)")
+    add("--context", type=int, help="steps: tokens of text (T); none: the four cases of the README")
     add("--thought-length", type=int, default=9, help="K (9)")
     add("--n-true", type=int, default=4, help="A (4)")
+    add("--positions", type=int, help="steps: positions that think (J); none: all")
     add("--checkpointing", action="store_true", help="compute activations twice, keep fewer")
-    add("--repeats", type=int, default=3, help="steps to take the median of (3)")
-    add("--threads", type=int, default=1, help="CPU threads (1)")
+    add("--repeats", type=int, default=3, help="measurements to take the median of (3)")
+    add("--steps", type=int, default=20, help="mistral-7b: optimiser steps (20)")
+    add("--threads", type=int, default=1, help="CPU threads, 0 for all (1)")
+    add("--device", help="mistral-7b: cpu, cuda; none: the best there is")
     execute(parser, run, arguments)
 
 

@@ -117,7 +117,8 @@ def text_visible(positions: Tensor, step: int, T: int, window: int | None) -> Te
     """Which text keys step `step` of the thoughts at `positions` sees -> [J, T] bool.
 
     Paper: section 4.2. The text up to the thought's origin j, within the sliding window as
-    counted from the step's rotary position j + step.
+    counted from the step's rotary position j + step. (Who lets a thought see more must widen
+    attention_blocks too: it leaves out what nobody sees.)
     """
     keys = torch.arange(T, device=positions.device)
     before = keys <= positions[:, None]  # [J, T]

@@ -28,3 +28,31 @@ def test_table(monkeypatch, capsys):
     header, row = capsys.readouterr().out.splitlines()
     assert len(header.replace(" s", "s").replace(" MB", "MB").split()) == len(row.split())
     assert float(row.split()[7]) > 0
+
+
+def test_positions_cost_in_proportion():
+    assert bench.Case(2048, positions=64).tokens == 2048 + 2 * 64 * 14
+
+
+def test_generation(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "SMALL", MistralConfig(50, 16, 32, 1, 2, 1))
+    bench.main(["generation", "--repeats", "1", "--thought-length", "1"])
+    rows = capsys.readouterr().out.splitlines()[1:]
+    assert [int(row.split()[0]) for row in rows] == [64, 1024]
+
+
+@pytest.mark.skipif(not bench.Path("/proc/self/clear_refs").exists(), reason="Linux only")
+def test_loading(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "LARGE", MistralConfig(50, 16, 32, 2, 2, 1))
+    bench.main(["loading"])
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_preset_on_a_tiny_shape(monkeypatch, capsys):
+    """What there is of the GPU's script without a GPU."""
+    monkeypatch.setattr(bench, "MISTRAL_7B", MistralConfig(50, 16, 32, 1, 2, 1))
+    bench.main(["mistral-7b", "--steps", "2", "--device", "cpu"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("memory plan (GB)")
+    assert len(lines) == 3
+    assert "tokens/s" in lines[2]

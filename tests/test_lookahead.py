@@ -1,8 +1,12 @@
 """Paper, section 4.3: teacher-forced look-ahead. Every target lines up."""
 
+import itertools
+
 import pytest
 import torch
 from tiny import random_ids, tiny_quiet_star
+
+from thoughts import quiet_star_loss
 
 
 @pytest.mark.parametrize("changed", range(10))
@@ -47,3 +51,20 @@ def test_default_positions_have_all_targets():
     output = tiny_quiet_star(n_true=3)(random_ids(2, 8))
     assert output.positions.tolist() == [0, 1, 2, 3, 4]
     assert output.valid.all()
+
+
+def test_a_subset_of_positions_estimates_the_same_loss():
+    """The mean over all subsets of 2 of 5 positions is the loss and gradient of all 5."""
+    model = tiny_quiet_star(n_thoughts=2, thought_length=2, policy_weight=0.7)
+    ids, forced = random_ids(1, 7), random_ids(10, 2).view(1, 2, 5, 2)
+
+    def loss_and_gradient(positions):
+        index = torch.tensor(positions)
+        output = model(ids, thought_ids=forced[:, :, index], positions=index)
+        loss, _ = quiet_star_loss(output, model.config)
+        gradient = torch.autograd.grad(loss, list(model.parameters()))
+        return torch.cat([loss.detach()[None], *(g.flatten() for g in gradient)])
+
+    subsets = list(itertools.combinations(range(5), 2))
+    mean = sum(map(loss_and_gradient, subsets)) / len(subsets)
+    assert (mean - loss_and_gradient(range(5))).abs().max() < 1e-5
