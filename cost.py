@@ -82,7 +82,7 @@ def memory_plan(
     wide = max(weight_bytes, 4) / weight_bytes  # norms and logits are in float32
     layer = 2 * (1 + 2 * wide) * D + 3 * H + 2 * kv + 4 * inner  # kept of a token in a layer
     text = work.T * (L * (layer + 2 * H) + 3 * D)
-    thought = rows * steps * L * (D + 2 * kv if checkpointing else layer)
+    thought = rows * steps * L * (D + 2 * H + 2 * kv if checkpointing else layer)
     ends = rows * (steps * (2 + wide) * D + A * 8 * D)  # last norms, heads, mixing
     passing = 3 * wide * rows * model.vocab_size + 2 * rows * layer
     _, _, count = parameters(model)

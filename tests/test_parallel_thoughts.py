@@ -26,16 +26,16 @@ def test_parallel_equals_one_at_a_time(window, positions):
             slow = think_slowly(model, ids[b], j, None)
             for n in range(3):
                 assert output.thought_ids[b, n, index].tolist() == slow["ids"]
-                close(output.thought_logp[b, n, index], slow["logp"])
+                assert close(output.thought_logp[b, n, index], slow["logp"])
                 targets = len(slow["nll"])
-                close(output.talk_nll[:targets, b, n, index], slow["nll"])
-                close(output.weight[:targets, b, n, index], slow["weight"])
+                assert close(output.talk_nll[:targets, b, n, index], slow["nll"])
+                assert close(output.weight[:targets, b, n, index], slow["weight"])
                 assert output.valid[:, b, index].sum() == targets
                 assert not output.talk_nll[targets:, b, n, index].any()
 
 
 def close(fast, slow):
-    assert (fast - torch.stack(slow)).abs().max() < 1e-5
+    return (fast - torch.stack(slow)).abs().max() < 1e-5
 
 
 def test_different_thoughts_do_not_see_each_other():
@@ -47,8 +47,8 @@ def test_different_thoughts_do_not_see_each_other():
         for n in range(3):
             for j in range(8):
                 slow = think_slowly(model, ids[b], j, forced[b, n, j].tolist())
-                close(output.thought_logp[b, n, j], slow["logp"])
-                close(output.talk_nll[:, b, n, j], slow["nll"])
+                assert close(output.thought_logp[b, n, j], slow["logp"])
+                assert close(output.talk_nll[:, b, n, j], slow["nll"])
 
 
 @pytest.mark.parametrize("window", [None, 4])
@@ -168,7 +168,7 @@ def test_no_thought_at_all():
     assert output.thought_ids.shape == (1, 3, 6, 0)
     assert output.thought_logp.shape == (1, 3, 6, 0)
     for j in range(6):
-        close(output.talk_nll[:, 0, 0, j], think_slowly(model, ids[0], j, None)["nll"])
+        assert close(output.talk_nll[:, 0, 0, j], think_slowly(model, ids[0], j, None)["nll"])
 
 
 def test_same_generator_same_thoughts_and_split_batches_too():
