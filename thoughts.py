@@ -144,8 +144,8 @@ def parallel_thought_mask(
     owner = torch.cat([nobody, thought])
     is_text = owner == -1
     up_to_origin = is_text & (rotary <= sees_text_up_to[:, None])
-    own_thought = ~is_text & (owner == owner[:, None])
-    return (up_to_origin | own_thought) & in_window(rotary[:, None], rotary, window)
+    same_owner = owner == owner[:, None]
+    return (up_to_origin | same_owner) & in_window(rotary[:, None], rotary, window)
 
 
 class Block(NamedTuple):
@@ -332,9 +332,7 @@ def sample_tokens(logits: Tensor, uniform: Tensor) -> Tensor:
     a seed then means the same thoughts however a batch is split, up to rounding on every device.
     """
     cdf = torch.softmax(logits, dim=-1).cumsum(-1)
-    total = cdf[..., -1:]
-    below = torch.nextafter(total, torch.zeros_like(total))  # u * total may round up to total
-    point = torch.minimum(uniform[..., None] * total, below)
+    point = uniform[..., None] * cdf[..., -1:]  # below the sum: torch.rand is at most 1 - 2**-24
     return torch.searchsorted(cdf, point, right=True).squeeze(-1)  # never where p is 0
 
 
