@@ -23,7 +23,7 @@ The file reads bottom-up: config, pure functions (the equations), the module, lo
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -173,19 +173,27 @@ def attention_blocks(
     return blocks
 
 
-def probabilities(q: Tensor, text_k: Tensor, text_bias: Tensor, own_scores: Tensor) -> Tensor:
-    """Softmax of some rows over the text's keys and the thought's own -> [B, Hkv, G, rows, T + s].
-
-    q [B, Hkv, G, rows, Dh]; text_k [B, Hkv, T, Dh], shared by all rows: one matrix product;
-    text_bias [rows, T], 0 or -inf; own_scores [B, Hkv, G, rows, s].
-    """
-    text = (q.flatten(2, 3) @ text_k.mT).unflatten(2, q.shape[2:4])  # [B, Hkv, G, rows, T]
-    return torch.softmax(torch.cat([text.add_(text_bias), own_scores], dim=-1), dim=-1)
-
-
 def dot_each(x: Tensor, own: list[Tensor]) -> Tensor:
     """Products of each row of x [B, Hkv, G, P, Dh] with its own s vectors [B, Hkv, P, Dh]."""
     return torch.stack([torch.linalg.vecdot(x, y[:, :, None]) for y in own], dim=-1)
+
+
+def block_probabilities(
+    q: Tensor, text_k: Tensor, text_bias: Tensor, blocks: list[Block], own: Tensor
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Softmax over the text's keys and the thought's own, block by block.
+
+    q [B, Hkv, G, P, Dh]; text_k [B, Hkv, T, Dh], shared by all rows: one matrix product a block;
+    text_bias [P, T], 0 or -inf; own [B, Hkv, G, P, s], the scores of the thoughts' own keys, which
+    become their probabilities. Yields rows, keys, probabilities [B, Hkv, G * rows, keys].
+    """
+    for rows, keys in blocks:
+        x, bias, part = q[..., rows, :], text_bias[rows, keys], own[..., rows, :]
+        text = (x.flatten(2, 3) @ text_k[:, :, keys].mT).unflatten(2, x.shape[2:4])
+        p = torch.softmax(torch.cat([text.add_(bias), part], dim=-1), dim=-1)
+        p_text, p_own = p.split([bias.shape[1], own.shape[-1]], dim=-1)
+        part.copy_(p_own)
+        yield rows, keys, p_text.flatten(2, 3)
 
 
 class _ThoughtAttention(torch.autograd.Function):
@@ -204,13 +212,9 @@ class _ThoughtAttention(torch.autograd.Function):
     def forward(ctx, q, text_k, text_v, text_bias, blocks, *own):
         own_k, own_v = own[: len(own) // 2], own[len(own) // 2 :]
         out, own_p = torch.empty_like(q), dot_each(q, own_k)
-        for rows, keys in blocks:
-            bias, part = text_bias[rows, keys], own_p[..., rows, :]
-            p = probabilities(q[..., rows, :], text_k[:, :, keys], bias, part)
-            p_text, p_own = p.split([bias.shape[1], len(own_k)], dim=-1)
-            text = p_text.flatten(2, 3) @ text_v[:, :, keys]
-            out[..., rows, :] = text.unflatten(2, p.shape[2:4])
-            part.copy_(p_own)  # scores become probabilities
+        for rows, keys, p in block_probabilities(q, text_k, text_bias, blocks, own_p):
+            text = p @ text_v[:, :, keys]  # [B, Hkv, G * rows, Dh]
+            out[..., rows, :] = text.view(q[..., rows, :].shape)
         for s, v in enumerate(own_v):
             out.addcmul_(own_p[..., s, None], v[:, :, None])
         ctx.save_for_backward(q, text_k, text_v, text_bias, out, *own)
@@ -224,18 +228,12 @@ class _ThoughtAttention(torch.autograd.Function):
         d_q, d_text_k, d_text_v = map(torch.zeros_like, (q, text_k, text_v))
         overlap = (d_out * out).sum(-1, keepdim=True)  # [B, Hkv, G, P, 1]
         own_p, d_own = dot_each(q, own_k), dot_each(d_out, own_v).sub_(overlap)  # [..., P, s]
-        for rows, keys in ctx.blocks:
-            bias, part, shape = text_bias[rows, keys], own_p[..., rows, :], q[..., rows, :].shape
-            p = probabilities(q[..., rows, :], text_k[:, :, keys], bias, part)
-            p_text, p_own = p.split([bias.shape[1], len(own_k)], dim=-1)
-            part.copy_(p_own)
-            p_text, d_o, x, past = (
-                y.flatten(2, 3) for y in (p_text, *(z[..., rows, :] for z in (d_out, q, overlap)))
-            )  # [B, Hkv, G * rows, ...]
-            d_scores = (d_o @ text_v[:, :, keys].mT).sub_(past).mul_(p_text)
-            d_text_v[:, :, keys] += p_text.mT @ d_o
+        for rows, keys, p in block_probabilities(q, text_k, text_bias, ctx.blocks, own_p):
+            d_o, x, past = (y[..., rows, :].flatten(2, 3) for y in (d_out, q, overlap))
+            d_scores = (d_o @ text_v[:, :, keys].mT).sub_(past).mul_(p)
+            d_text_v[:, :, keys] += p.mT @ d_o
             d_text_k[:, :, keys] += d_scores.mT @ x
-            d_q[..., rows, :] = (d_scores @ text_k[:, :, keys]).view(shape)
+            d_q[..., rows, :] = (d_scores @ text_k[:, :, keys]).view(q[..., rows, :].shape)
         d_own.mul_(own_p)
         for s, k in enumerate(own_k):
             d_q.addcmul_(d_own[..., s, None], k[:, :, None])

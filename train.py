@@ -550,7 +550,7 @@ def add_settings(parser: argparse.ArgumentParser, settings: type, embedded: dict
         elif kind is tuple:
             options |= {"nargs": "+", "metavar": "FILE"}
         else:
-            options |= {"type": kind, "metavar": {int: "N", float: "X", str: "FOLDER"}[kind]}
+            options |= {"type": kind, "metavar": {int: "N", float: "X", str: "NAME"}[kind]}
         group.add_argument("--" + field.name.replace("_", "-"), **options)
 
 
