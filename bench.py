@@ -135,11 +135,14 @@ def peak_bytes(case: Case) -> int:
     return resident("VmHWM") - before
 
 
-def peak_in_its_own_process(case: Case) -> int:
-    """peak_bytes in a fresh process, whose malloc gives back what is freed: a need, not a habit."""
+def in_its_own_process(measure: Callable, *arguments):
+    """measure(*arguments) in a fresh process, where nothing is left from other measurements.
+
+    Its malloc gives back what is freed, so that memory is a need, not a habit.
+    """
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(peak_bytes, case).result()
+        return pool.submit(measure, *arguments).result()
 
 
 def resident(field: str) -> int:
@@ -158,7 +161,7 @@ def bench_steps(options: argparse.Namespace) -> None:
     for case in cases:
         plain, quiet = time_ratio(case, options.repeats)
         floor = plain * case.tokens / case.T
-        peak = peak_in_its_own_process(case)
+        peak = in_its_own_process(peak_bytes, case)
         least = saved_bytes(case) * case.tokens / case.T
         print(
             f"{case.T:4d}  {case.K:2d} {case.A:2d} {case.tokens:6d}  {plain:8.4f}  {floor:8.3f}  "
@@ -196,13 +199,20 @@ def bench_loading(options: argparse.Namespace) -> None:
     """A sharded bfloat16 checkpoint of about 4 GB: time against reading its bytes, peak memory."""
     with tempfile.TemporaryDirectory() as folder:
         size = write_shards(Path(folder), LARGE, shards=4)
-        load_in_its_own_process(folder, None)  # fills the page cache
         print(f"{size / 1e9:10.2f} GB  read s   load s   ratio   peak / size")
         for dtype in (None, torch.float32):
-            read, load, peak = load_in_its_own_process(folder, dtype)
-            kept = size * (2 if dtype else 1)
-            name, ratios = str(dtype or "as is"), f"{load / read:6.3f}  {peak / kept:12.3f}"
-            print(f"{name:>13}  {read:6.2f}  {load:7.2f}  {ratios}", flush=True)
+            runs = [
+                (in_its_own_process(read_all, folder), in_its_own_process(load, folder, dtype))
+                for _ in range(options.repeats + 1)
+            ]
+            read, loaded = zip(*runs[1:], strict=True)  # the first fills the page cache
+            seconds, peak = statistics.median(t for t, _ in loaded), max(m for _, m in loaded)
+            floor, kept = statistics.median(read), size * (2 if dtype else 1)
+            print(
+                f"{dtype or 'as is'!s:>13}  {floor:6.2f}  {seconds:7.2f}  "
+                f"{seconds / floor:6.3f}  {peak / kept:12.3f}",
+                flush=True,
+            )
 
 
 def write_shards(folder: Path, config: MistralConfig, shards: int) -> int:
@@ -224,22 +234,22 @@ def write_shards(folder: Path, config: MistralConfig, shards: int) -> int:
     return total
 
 
-def load_in_its_own_process(folder: str, dtype: torch.dtype | None) -> tuple[float, float, int]:
-    """Seconds to read a checkpoint's bytes and to load it, and the peak memory of loading."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(time_loading, folder, dtype).result()
+def read_all(folder: str) -> float:
+    """Seconds to read a checkpoint's bytes into memory, all of which is kept as loading keeps it.
 
-
-def time_loading(folder: str, dtype: torch.dtype | None) -> tuple[float, float, int]:
-    """See load_in_its_own_process."""
+    (Memory that is used for the first time costs as much time as the reading itself.)
+    """
     begin = time.perf_counter()
-    for file in Path(folder).glob("*.safetensors"):
-        file.read_bytes()
-    read = time.perf_counter() - begin
-    Path("/proc/self/clear_refs").write_text("5")
+    kept = [file.read_bytes() for file in Path(folder).glob("*.safetensors")]
+    return time.perf_counter() - begin if kept else 0.0
+
+
+def load(folder: str, dtype: torch.dtype | None) -> tuple[float, int]:
+    """Seconds to load a checkpoint, and the peak resident memory of loading."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak; Linux only
     before, begin = resident("VmRSS"), time.perf_counter()
     load_mistral(folder, dtype)
-    return read, time.perf_counter() - begin, resident("VmHWM") - before
+    return time.perf_counter() - begin, resident("VmHWM") - before
 
 
 def bench_preset(options: argparse.Namespace) -> None:

@@ -23,7 +23,7 @@ The file reads bottom-up: config, pure functions (the equations), the module, lo
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -167,102 +167,146 @@ def attention_blocks(
     blocks = []
     for start, block in enumerate(positions.cpu().split(size)):
         first = start * size * n_thoughts
-        oldest = 0 if window is None else max(int(block.min()) + 2 - window, 0)
+        low, high = int(block.min()), int(block.max())
+        oldest = 0 if window is None else min(max(low + 2 - window, 0), high)  # at least one key
         rows = slice(first, first + len(block) * n_thoughts)
-        blocks.append(Block(rows, slice(oldest, int(block.max()) + 1)))
+        blocks.append(Block(rows, slice(oldest, high + 1)))
     return blocks
 
 
-def dot_each(x: Tensor, own: list[Tensor]) -> Tensor:
-    """Products of each row of x [B, Hkv, G, P, Dh] with its own s vectors [B, Hkv, P, Dh]."""
-    return torch.stack([torch.linalg.vecdot(x, y[:, :, None]) for y in own], dim=-1)
+FUSED = ("cpu",)  # devices where PyTorch's fused attention takes a bias and returns lse
 
 
-def block_probabilities(
-    q: Tensor, text_k: Tensor, text_bias: Tensor, blocks: list[Block], own: Tensor
-) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Softmax over the text's keys and the thought's own, block by block.
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention of q [R, G, p, Dh] over keys k and values v [R, t, Dh] with bias [p, t].
 
-    q [B, Hkv, G, P, Dh]; text_k [B, Hkv, T, Dh], shared by all rows: one matrix product a block;
-    text_bias [P, T], 0 or -inf; own [B, Hkv, G, P, s], the scores of the thoughts' own keys, which
-    become their probabilities. Yields rows, keys, probabilities [B, Hkv, G * rows, keys].
+    Returns what is attended to, like q, and lse [R, G, p], the logarithm of the softmax'
+    denominator: with it, attention over more keys can be put together from parts. On the CPU by
+    PyTorch's fused kernel, which does not write the scores to memory.
     """
-    for rows, keys in blocks:
-        x, bias, part = q[..., rows, :], text_bias[rows, keys], own[..., rows, :]
-        text = (x.flatten(2, 3) @ text_k[:, :, keys].mT).unflatten(2, x.shape[2:4])
-        p = torch.softmax(torch.cat([text.add_(bias), part], dim=-1), dim=-1)
-        p_text, p_own = p.split([bias.shape[1], own.shape[-1]], dim=-1)
-        part.copy_(p_own)
-        yield rows, keys, p_text.flatten(2, 3)
+    k, v = (x[:, None].expand(-1, q.shape[1], -1, -1) for x in (k, v))  # the same for all G
+    if q.device.type in FUSED:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias)
+    scores = at_least_float32(q @ k.mT) / math.sqrt(q.shape[-1]) + bias
+    lse = scores.logsumexp(-1)
+    return torch.exp(scores - lse[..., None]).to(v.dtype) @ v, lse
+
+
+def attend_backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v of attend, where out and lse are those over these keys *and* more.
+
+    The probabilities are computed again, as FlashAttention does (Dao et al. 2022,
+    arXiv 2205.14135):
+
+        P = exp(q k' / sqrt(Dh) - lse)    dS = P * (do v' - sum(do * o)) / sqrt(Dh)
+        dq = dS k    dk = dS' q    dv = P' do
+    """
+    k, v = (x[:, None].expand(-1, q.shape[1], -1, -1) for x in (k, v))
+    if q.device.type in FUSED:
+        d_q, d_k, d_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            d_out, q, k, v, out, lse, 0.0, False, attn_mask=bias
+        )
+    else:
+        scale = 1 / math.sqrt(q.shape[-1])
+        p = torch.exp(at_least_float32(q @ k.mT) * scale + bias - lse[..., None])
+        overlap = at_least_float32(d_out * out).sum(-1, keepdim=True)
+        d_scores = (p * (d_out @ v.mT - overlap) * scale).to(q.dtype)
+        d_q, d_k, d_v = d_scores @ k, d_scores.mT @ q, p.to(q.dtype).mT @ d_out
+    return d_q, d_k.sum(1), d_v.sum(1)
+
+
+def own_scores(q: Tensor, k: Tensor) -> Tensor:
+    """Scores [R, P, s, G] of every row's G queries [R, G, P, Dh] for its own keys [R, P, s, Dh]."""
+    return at_least_float32(k @ q.permute(0, 2, 3, 1)) / math.sqrt(q.shape[-1])
 
 
 class _ThoughtAttention(torch.autograd.Function):
-    """The trick of this file: attention that does not keep its probabilities.
+    """The trick of this file: attention that keeps no probabilities, and every key once.
 
-    Left to autograd, the probabilities of every layer and step would fill the memory. The backward
-    pass computes them again, as FlashAttention does (Dao et al. 2022, arXiv 2205.14135):
+    One softmax runs over the text's keys, which all thoughts share, and over the thought's own, of
+    which every row has others. Each part is attended to on its own; exp(lse of the part - lse of
+    both) puts them together, and since a part's gradient needs only the lse of both, the backward
+    pass takes the parts one by one again.
 
-        o = P v    dv = P' do    dS = P * (do v' - sum(do * o))    dq = dS k    dk = dS' q
-
-    q [B, Hkv, G, P, Dh] is divided by sqrt(Dh) already, with G queries to a key's head; text_k and
-    text_v are [B, Hkv, T, Dh]; own are s keys, then s values [B, Hkv, P, Dh].
+    own [2, R, P, S, Dh] has a slot for the key and the value of every step. A step writes its slot
+    in place and hands the tensor on. On the way back it receives what the steps after it have to
+    say on the slots up to its own, and adds to that.
     """
 
     @staticmethod
-    def forward(ctx, q, text_k, text_v, text_bias, blocks, *own):
-        own_k, own_v = own[: len(own) // 2], own[len(own) // 2 :]
-        out, own_p = torch.empty_like(q), dot_each(q, own_k)
-        for rows, keys, p in block_probabilities(q, text_k, text_bias, blocks, own_p):
-            text = p @ text_v[:, :, keys]  # [B, Hkv, G * rows, Dh]
-            out[..., rows, :] = text.view(q[..., rows, :].shape)
-        for s, v in enumerate(own_v):
-            out.addcmul_(own_p[..., s, None], v[:, :, None])
-        ctx.save_for_backward(q, text_k, text_v, text_bias, out, *own)
-        ctx.blocks = blocks
-        return out
+    def forward(ctx, q, k, v, text_k, text_v, own, step, window, bias, blocks):
+        own[:, :, :, step - 1] = torch.stack([k, v])
+        ctx.mark_dirty(own)
+        out, text_lse = (
+            torch.empty_like(q),
+            q.new_empty(q.shape[:3], dtype=at_least_float32(q[:0]).dtype),
+        )
+        for rows, keys in blocks:
+            out[:, :, rows], text_lse[:, :, rows] = attend(
+                q[:, :, rows], text_k[:, keys], text_v[:, keys], bias[rows, keys]
+            )
+        slots = slice(max(step - window, 0) if window else 0, step)  # the thought's own window
+        own_k, own_v = own[:, :, :, slots]  # [R, P, s, Dh]
+        scores = own_scores(q, own_k)  # [R, P, s, G]
+        lse = torch.logaddexp(text_lse, scores.logsumexp(2).mT)  # [R, G, P]
+        p = torch.exp(scores - lse.mT[:, :, None]).to(q.dtype)
+        out.mul_(torch.exp(text_lse - lse)[..., None]).add_((p.mT @ own_v).transpose(1, 2))
+        ctx.save_for_backward(q, text_k, text_v, bias, out, lse)
+        ctx.own, ctx.slots, ctx.blocks = own.detach(), slots, blocks
+        return out, own
 
     @staticmethod
-    def backward(ctx, d_out):
-        q, text_k, text_v, text_bias, out, *own = ctx.saved_tensors
-        own_k, own_v = own[: len(own) // 2], own[len(own) // 2 :]
+    def backward(ctx, d_out, d_own):
+        q, text_k, text_v, bias, out, lse = ctx.saved_tensors
         d_q, d_text_k, d_text_v = map(torch.zeros_like, (q, text_k, text_v))
-        overlap = (d_out * out).sum(-1, keepdim=True)  # [B, Hkv, G, P, 1]
-        own_p, d_own = dot_each(q, own_k), dot_each(d_out, own_v).sub_(overlap)  # [..., P, s]
-        for rows, keys, p in block_probabilities(q, text_k, text_bias, ctx.blocks, own_p):
-            d_o, x, past = (y[..., rows, :].flatten(2, 3) for y in (d_out, q, overlap))
-            d_scores = (d_o @ text_v[:, :, keys].mT).sub_(past).mul_(p)
-            d_text_v[:, :, keys] += p.mT @ d_o
-            d_text_k[:, :, keys] += d_scores.mT @ x
-            d_q[..., rows, :] = (d_scores @ text_k[:, :, keys]).view(q[..., rows, :].shape)
-        d_own.mul_(own_p)
-        for s, k in enumerate(own_k):
-            d_q.addcmul_(d_own[..., s, None], k[:, :, None])
-        d_own_k = torch.einsum("bhgps,bhgpd->sbhpd", d_own, q)
-        d_own_v = torch.einsum("bhgps,bhgpd->sbhpd", own_p, d_out)
-        return d_q, d_text_k, d_text_v, None, None, *d_own_k, *d_own_v
+        for rows, keys in ctx.blocks:
+            d_o, x, o, past = (y[:, :, rows] for y in (d_out, q, out, lse))
+            d_q[:, :, rows], d_k, d_v = attend_backward(
+                d_o, x, text_k[:, keys], text_v[:, keys], o, past, bias[rows, keys]
+            )
+            d_text_k[:, keys] += d_k
+            d_text_v[:, keys] += d_v
+        own_k, own_v = ctx.own[:, :, :, ctx.slots]  # [R, P, s, Dh]
+        p = torch.exp(own_scores(q, own_k) - lse.mT[:, :, None])  # [R, P, s, G]
+        overlap = at_least_float32(d_out * out).sum(-1).mT[:, :, None]  # [R, P, 1, G]
+        d_scores = p * (own_v @ d_out.permute(0, 2, 3, 1) - overlap) / math.sqrt(q.shape[-1])
+        d_scores, p = d_scores.to(q.dtype), p.to(q.dtype)
+        d_q += (d_scores.mT @ own_k).transpose(1, 2)
+        d_own[0, :, :, ctx.slots] += d_scores @ q.transpose(1, 2)
+        d_own[1, :, :, ctx.slots] += p @ d_out.transpose(1, 2)
+        d_k, d_v = d_own[:, :, :, ctx.slots.stop - 1]
+        return d_q, d_k, d_v, d_text_k, d_text_v, d_own, None, None, None, None
 
 
 def thought_attention(
     q: Tensor,
+    k: Tensor,
+    v: Tensor,
     text: tuple[Tensor, Tensor],
-    own: list[tuple[Tensor, Tensor]],
-    text_bias: Tensor,
+    own: Tensor,
+    step: int,
+    window: int | None,
+    bias: Tensor,
     blocks: list[Block],
-) -> Tensor:
-    """Attention of one step of all thoughts: q [B, H, P, Dh] -> [B, H, P, Dh].
+) -> tuple[Tensor, Tensor]:
+    """Attention of one step of all thoughts: q [B, H, P, Dh] -> [B, H, P, Dh], and own.
 
-    text: keys and values [B, Hkv, T, Dh] of the base pass. own: those of steps 1..s of each
-    thought [B, Hkv, P, Dh], step s being the query's own. text_bias [P, T]: 0 where visible, -inf
-    where not. blocks: see attention_blocks.
+    k, v [B, Hkv, P, Dh]: the step's own key and value. text: keys and values [B, Hkv, T, Dh] of
+    the base pass. own [2, B * Hkv, P, steps, Dh]: those of the thoughts' steps before; afterwards
+    with this one's. bias [P, T]: 0 where the text is visible, the smallest finite number where
+    not. blocks: see attention_blocks.
 
     Paper: section 4.2 and Figure 3. Ours: the text's keys are multiplied once for all thoughts and
     nobody's keys are copied, so a step costs T + s keys a row, where the masked matrix of the paper
     has T * (s + 1).
     """
-    own_k, own_v = zip(*own, strict=True)
-    grouped = q.unflatten(1, (text[0].shape[1], -1)) / math.sqrt(q.shape[-1])  # [B, Hkv, G, P, Dh]
-    attended = _ThoughtAttention.apply(grouped, *text, text_bias, blocks, *own_k, *own_v)
-    return attended.flatten(1, 2)
+    heads = k.shape[:2]
+    grouped = q.unflatten(1, (heads[1], -1)).flatten(0, 1)  # [R, G, P, Dh]
+    folded = (x.flatten(0, 1) for x in (k, v, *text))  # [R, P or T, Dh]
+    out, own = _ThoughtAttention.apply(grouped, *folded, own, step, window, bias, blocks)
+    return out.unflatten(0, heads).flatten(1, 2), own
 
 
 # ----------------------------------------------------------------------------------- the equations
@@ -279,6 +323,11 @@ def token_logits(h: Tensor, head: Tensor, excluded: tuple[int, ...] = ()) -> Ten
     return logits
 
 
+def at_temperature(logits: Tensor, temperature: float) -> Tensor:
+    """logits / temperature; at 1 the logits themselves, for they are large."""
+    return logits if temperature == 1 else logits / temperature
+
+
 class _TokenLogp(torch.autograd.Function):
     """The other trick: log p of given tokens without keeping logits over V for the backward pass.
 
@@ -290,7 +339,7 @@ class _TokenLogp(torch.autograd.Function):
     def forward(ctx, h, head, logits, ids, excluded, temperature):
         ctx.save_for_backward(h, head, ids)
         ctx.excluded, ctx.temperature = excluded, temperature
-        logp = torch.log_softmax(logits / temperature, dim=-1)
+        logp = torch.log_softmax(at_temperature(logits, temperature), dim=-1)
         return logp.gather(-1, ids[..., None]).squeeze(-1)
 
     @staticmethod
@@ -298,7 +347,8 @@ class _TokenLogp(torch.autograd.Function):
         h, head, ids = ctx.saved_tensors
         used = d_logp != 0  # dropped rewards and missing targets need no work
         rows, scale = h[used], d_logp[used][:, None] / ctx.temperature  # [rows, D], [rows, 1]
-        p = torch.softmax(token_logits(rows, head, ctx.excluded) / ctx.temperature, dim=-1)
+        logits = at_temperature(token_logits(rows, head, ctx.excluded), ctx.temperature)
+        p = torch.softmax(logits, dim=-1)
         d_logits = p.mul_(-scale).scatter_add_(-1, ids[used][:, None], scale).to(head.dtype)
         d_h = torch.zeros_like(h)
         d_h[used] = d_logits @ head
@@ -439,7 +489,7 @@ class Workspace(NamedTuple):
     positions: Tensor  # [J] where the thoughts begin
     blocks: list[Block]
     text: list[tuple[Tensor, Tensor]]  # each layer's keys and values of the base pass
-    own: list[list[tuple[Tensor, Tensor]]]  # each layer's of the thoughts' steps so far
+    own: list[Tensor]  # each layer's of the thoughts' steps, [2, R, P, S, Dh]
 
 
 class QuietStar(nn.Module):
@@ -513,14 +563,17 @@ class QuietStar(nn.Module):
         window, T = self.model.config.sliding_window, space.text[0][0].shape[2]
         N = self.config.n_thoughts
         visible = text_visible(space.positions, step, T, window)  # [J, T]
-        bias = torch.zeros_like(visible, dtype=x.dtype).masked_fill_(~visible, -math.inf)
+        never = torch.finfo(x.dtype).min  # not -inf: a row may see no text at all
+        bias = torch.zeros_like(visible, dtype=x.dtype).masked_fill_(~visible, never)
         bias = bias.repeat_interleave(N, dim=0)  # [P, T]
         rotary = self.model.rotary((space.positions + step).repeat_interleave(N))
-        for layer, text, own in zip(self.model.layers, space.text, space.own, strict=True):
+        for index, layer in enumerate(self.model.layers):
             q, k, v = self._run(layer.project, x, rotary)
-            own.append((k, v))
-            recent = own[-(window or 0) :]  # a thought's own window
-            x = self._run(layer.finish, x, thought_attention(q, text, recent, bias, space.blocks))
+            text, own = space.text[index], space.own[index]
+            attended, space.own[index] = thought_attention(
+                q, k, v, text, own, step, window, bias, space.blocks
+            )
+            x = self._run(layer.finish, x, attended)
         return self.model.norm(x)
 
     def forward(
@@ -555,7 +608,10 @@ class QuietStar(nn.Module):
         head = self.model.lm_head.weight
         base_nll = -token_logp(h_init[:, :-1], head, ids[:, 1:]) * target_mask[:, 1:]  # [B, T-1]
         blocks = attention_blocks(positions, N, self.model.config.sliding_window)
-        space = Workspace(positions, blocks, text, [[] for _ in text])
+        shape = self.model.config
+        slots = (2, B * shape.num_key_value_heads, J * N, K + 1 + self.config.n_true)
+        own = [h_init.new_empty(*slots, shape.head_dim) for _ in text]
+        space = Workspace(positions, blocks, text, own)
         thought, logp = self._think(space, B, forced, uniform, temperature)
         talk_nll, weight = self._talk(space, ids, h_init)
         valid = valid_targets(target_mask, positions, self.config.n_true)  # [A, B, J]
@@ -593,7 +649,7 @@ class QuietStar(nn.Module):
             elif uniform is None:
                 token = logits.argmax(-1)
             else:
-                token = sample_tokens(logits / temperature, uniform[..., k])
+                token = sample_tokens(at_temperature(logits, temperature), uniform[..., k])
             tokens.append(token)
             logps.append(self._thought_logp(h, head, token, logits))
         self._step(self.embed_thought(token), config.thought_length + 1, space)
@@ -760,7 +816,7 @@ def load_quiet_star(
     if (folder / "quiet_star.json").is_file():
         config = read_thought_config(folder / "quiet_star.json")
         own = {
-            name: tensor.to(device=device, dtype=dtype, copy=True)
+            name: tensor.to(device=device, dtype=dtype)
             for name, tensor in read_tensors([folder / "quiet_star.safetensors"])
         }
     elif "start_embedding" in weights:

@@ -67,4 +67,5 @@ def test_a_subset_of_positions_estimates_the_same_loss():
 
     subsets = list(itertools.combinations(range(5), 2))
     mean = sum(map(loss_and_gradient, subsets)) / len(subsets)
-    assert (mean - loss_and_gradient(range(5))).abs().max() < 1e-5
+    everywhere = loss_and_gradient(range(5))
+    assert (mean - everywhere).abs().max() < 1e-6 * everywhere.abs().max()

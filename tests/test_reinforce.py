@@ -16,7 +16,13 @@ J = 3  # the one position that thinks
 
 def model_and_text(N):
     model = tiny_quiet_star(
-        V=V, n_thoughts=N, thought_length=K, n_true=2, reinforce_temperature=1.0, base_weight=1.0
+        seed=1,
+        V=V,
+        n_thoughts=N,
+        thought_length=K,
+        n_true=2,
+        reinforce_temperature=1.0,
+        base_weight=1.0,
     )
     return model, random_ids(1, 6, V)
 
