@@ -4,7 +4,8 @@
     python bench.py --context 2048 --positions 64
     python bench.py generation       a token with a thought against K + 1 steps without
     python bench.py loading          a 4 GB checkpoint against reading its bytes
-    python bench.py mistral-7b       twenty steps of the preset on random weights, on a GPU
+    python bench.py tokenizing --data FILE     a text against sentencepiece, if that is installed
+    python bench.py --preset mistral-7b        twenty steps on random weights, on a GPU
 
 A step handles M = T + N J (K + A + 1) tokens. The floor of its time is M times what the same model
 spends per token in a plain language-model step, forward and backward, head and loss included; the
@@ -35,6 +36,7 @@ import train
 from model import Mistral, MistralConfig, load_mistral, write_json, write_tensors
 from sample import execute, generate_steps
 from thoughts import QuietStar, ThoughtConfig, quiet_star_loss
+from tokenizer import load_tokenizer
 
 SMALL = MistralConfig(4096, 288, 768, 6, 6, 2)  # 7.7 M parameters
 LARGE = MistralConfig(32000, 2560, 8960, 20, 20, 4)  # 2 G parameters, 4 GB in bfloat16
@@ -252,10 +254,37 @@ def load(folder: str, dtype: torch.dtype | None) -> tuple[float, int]:
     return time.perf_counter() - begin, resident("VmHWM") - before
 
 
+def bench_tokenizing(options: argparse.Namespace) -> None:
+    """Mistral's tokenizer on a whole document, against sentencepiece: ids and speed."""
+    try:
+        import sentencepiece
+    except ImportError:
+        raise ValueError("tokenizing compares with sentencepiece; pip install it first") from None
+    if options.data is None:
+        raise ValueError("tokenizing needs --data, a text of some megabytes")
+    model = Path(__file__).parent / "tests" / "fixtures" / "tokenizer.model"
+    text = Path(options.data).read_text(encoding="utf-8")
+    ours, theirs = load_tokenizer(model), sentencepiece.SentencePieceProcessor(str(model))
+    encoders = {"sentencepiece": theirs.encode, "ours": ours.encode}
+    times: dict[str, list[float]] = {name: [] for name in encoders}
+    for _ in range(options.repeats + 1):  # the first is warm-up
+        for name, encode in encoders.items():
+            begin = time.perf_counter()
+            encode(text)
+            times[name].append(time.perf_counter() - begin)
+    slow, fast = (statistics.median(times[name][1:]) for name in encoders)
+    same = "the same ids" if ours.encode(text) == theirs.encode(text) else "OTHER IDS"
+    size = len(text.encode()) / MEGABYTE
+    print(
+        f"{size:.2f} MB, {same}: sentencepiece {size / slow:.2f} MB/s, "
+        f"ours {size / fast:.2f} MB/s, ratio {slow / fast:.1f}"
+    )
+
+
 def bench_preset(options: argparse.Namespace) -> None:
     """Steps of --preset mistral-7b on random weights of the real shape, made on the device."""
     device = train.pick_device(options.device)
-    settings = train.Settings(**train.PRESETS["mistral-7b"], masters=False)
+    settings = train.Settings(**train.PRESETS[options.preset], masters=False)
     config = ThoughtConfig(init_id=0)
     work = train.work_of(settings, config)
     plan = cost.memory_plan(MISTRAL_7B, config, work, 2, 4, settings.checkpointing)
@@ -295,7 +324,7 @@ BENCHES = {
     "steps": bench_steps,
     "generation": bench_generation,
     "loading": bench_loading,
-    "mistral-7b": bench_preset,
+    "tokenizing": bench_tokenizing,
 }
 
 
@@ -303,7 +332,7 @@ def run(options: argparse.Namespace) -> None:
     """Run the chosen benchmark."""
     if options.threads:
         torch.set_num_threads(options.threads)
-    BENCHES[options.what](options)
+    (bench_preset if options.preset else BENCHES[options.what])(options)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -317,9 +346,11 @@ def main(arguments: list[str] | None = None) -> None:
     add("--positions", type=int, help="steps: positions that think (J); none: all")
     add("--checkpointing", action="store_true", help="compute activations twice, keep fewer")
     add("--repeats", type=int, default=3, help="measurements to take the median of (3)")
-    add("--steps", type=int, default=20, help="mistral-7b: optimiser steps (20)")
+    add("--data", metavar="FILE", help="tokenizing: a text")
+    add("--preset", choices=train.PRESETS, help="steps of a large model in train.py's preset")
+    add("--steps", type=int, default=20, help="--preset: optimiser steps (20)")
     add("--threads", type=int, default=1, help="CPU threads, 0 for all (1)")
-    add("--device", help="mistral-7b: cpu, cuda; none: the best there is")
+    add("--device", help="--preset: cpu, cuda; none: the best there is")
     execute(parser, run, arguments)
 
 

@@ -1,5 +1,7 @@
 """The benchmark runs, and its floor counts what the design says."""
 
+import sys
+
 import pytest
 
 import bench
@@ -44,14 +46,26 @@ def test_generation(monkeypatch, capsys):
 @pytest.mark.skipif(not bench.Path("/proc/self/clear_refs").exists(), reason="Linux only")
 def test_loading(monkeypatch, capsys):
     monkeypatch.setattr(bench, "LARGE", MistralConfig(50, 16, 32, 2, 2, 1))
-    bench.main(["loading"])
+    bench.main(["loading", "--repeats", "1"])
     assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_tokenizing_needs_sentencepiece_and_a_text(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(["tokenizing", "--data", "README.md"])
+    assert stopped.value.code == 2
+    assert "pip install" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "sentencepiece", bench)
+    with pytest.raises(SystemExit):
+        bench.main(["tokenizing"])
+    assert "--data" in capsys.readouterr().err
 
 
 def test_preset_on_a_tiny_shape(monkeypatch, capsys):
     """What there is of the GPU's script without a GPU."""
     monkeypatch.setattr(bench, "MISTRAL_7B", MistralConfig(50, 16, 32, 1, 2, 1))
-    bench.main(["mistral-7b", "--steps", "2", "--device", "cpu"])
+    bench.main(["--preset", "mistral-7b", "--steps", "2", "--device", "cpu"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("memory plan (GB)")
     assert len(lines) == 3
