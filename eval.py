@@ -11,9 +11,6 @@ with and without a thought before it, in parallel over positions.
 import argparse
 import math
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +20,7 @@ from torch import Tensor
 import data
 from model import Cache, Mistral
 from sample import execute, generate, load_any, pick_device
-from thoughts import QuietStar
+from thoughts import QuietStar, thinking_once
 from tokenizer import Tokenizer
 
 # ------------------------------------------------------------------------------------- the puzzles
@@ -75,16 +72,6 @@ def aloud(model: Mistral, puzzles: Puzzles, dash: int) -> Tensor:
     opened = torch.cat([puzzles.ids, dashes], dim=1)
     said = generate(model, opened, data.ASIDE, temperature=0)
     return model(torch.cat([said, dashes], dim=1))[:, -1]
-
-
-@contextmanager
-def thinking_once(model: QuietStar) -> Iterator[None]:
-    """One thought per position, scored on one token: what an evaluation needs of it."""
-    config, model.config = model.config, replace(model.config, n_thoughts=1, n_true=1)
-    try:
-        yield
-    finally:
-        model.config = config
 
 
 def sampled_thoughts(model: QuietStar, ids: Tensor) -> Tensor:
