@@ -259,15 +259,21 @@ def test_csqa_answer_equals_the_slow_way(tokenizer, thinking):
 
 
 def script(monkeypatch, *texts):
-    """Let generation write these texts, byte by byte; "%" stands for an id that is no token."""
+    """Let generation write these texts, byte by byte; "%" stands for the first id that is no token.
+
+    Returns what generation was asked for.
+    """
+    asked = []
 
     def steps(model, ids, max_new_tokens, temperature, generator=None):
+        asked.append((ids.tolist(), max_new_tokens, temperature, generator))
         assert len(ids) == len(texts)
         assert all(len(text) <= max_new_tokens for text in texts)
         for column in zip(*(text.ljust(max_new_tokens, "~") for text in texts), strict=True):
-            yield Step(torch.tensor([300 if x == "%" else ord(x) for x in column]), None)
+            yield Step(torch.tensor([258 if x == "%" else ord(x) for x in column]), None)
 
     monkeypatch.setattr(questions, "generate_steps", steps)
+    return asked
 
 
 def test_writing_ends_at_stop_eos_and_what_is_no_token(tokenizer, monkeypatch):
@@ -277,6 +283,15 @@ def test_writing_ends_at_stop_eos_and_what_is_no_token(tokenizer, monkeypatch):
     stop = questions.END_OF_LINE
     written = questions.write(model, tokenizer, "A:", stop, 4, samples=4)
     assert written == [" 5", " 5", " 5", " 567"]
+
+
+def test_what_generation_is_asked_for(monkeypatch):
+    """The prompt after bos, as often as there are samples, and the sampling that was given."""
+    asked = script(monkeypatch, "", "")
+    tokenizer = load_tokenizer(FIXTURES / "tokenizer.model")
+    generator, model = torch.Generator(), tiny_quiet_star(V=258)
+    questions.write(model, tokenizer, "A:", questions.END_OF_LINE, 3, 2, 0.5, generator)
+    assert asked == [([[1, 330, 28747]] * 2, 3, 0.5, generator)]
 
 
 @pytest.mark.parametrize(
@@ -330,6 +345,24 @@ def test_chains_of_thought(tokenizer, monkeypatch):
     assert Decimal(result["answer"]) == 2
 
 
+def test_every_question_has_its_own_randomness(tokenizer, monkeypatch):
+    seeds = []
+
+    def write(*arguments, samples=1, temperature, generator):
+        seeds.append(generator.initial_seed())
+        return ["1"] * samples
+
+    monkeypatch.setattr(questions, "write", write)
+    chains = Chains(samples=1)
+    for seed, line in [(0, 1), (0, 2), (1, 1), (0, 1)]:
+        settings = Settings("gsm8k", chains, seed=seed)
+        questions.answer_after_chains(None, tokenizer, Question(line, "x?", "2"), settings)
+    chain_seeds, answer_seeds = seeds[::2], seeds[1::2]
+    assert chain_seeds == answer_seeds  # one generator a question
+    assert len(set(chain_seeds)) == 3
+    assert chain_seeds[0] == chain_seeds[3]
+
+
 # ------------------------------------------------------------------------------ the command line
 
 
@@ -351,6 +384,20 @@ def data_file(tmp_path):
     return path
 
 
+CHAINS = ("--chain-of-thought", "--samples", "2", "--max-new-tokens", "3")
+
+
+@pytest.fixture(params=["csqa", "gsm8k-cot"])
+def five(request, tmp_path, data_file, monkeypatch):
+    """Name of an evaluation, five questions for it, and its options; few tokens are written."""
+    monkeypatch.setattr(questions, "ANSWER_TOKENS", 2)
+    if request.param == "gsm8k-cot":
+        return request.param, data_file, CHAINS
+    path = tmp_path / "csqa.jsonl"
+    path.write_bytes(as_lines(*(FLAT | {"question": f"Is it {n}?"} for n in range(5))))
+    return request.param, path, ()
+
+
 @pytest.fixture
 def no_thinking(monkeypatch):
     """Every question gets the same answer at once, for tests in which answers do not matter."""
@@ -358,7 +405,8 @@ def no_thinking(monkeypatch):
     monkeypatch.setattr(questions, "answerer", lambda *_: lambda question: same)
 
 
-def run(folder, data_file, out, *more, task="gsm8k"):
+def run(folder, data_file, out, *more):
+    task = "csqa" if data_file.stem == "csqa" else "gsm8k"
     options = ["--task", task, "--data", str(data_file), "--out", str(out), "--device", "cpu"]
     evaluation.main(["--model", str(folder), *options, *more])
 
@@ -373,12 +421,8 @@ def refused(capsys, *arguments):
     return error
 
 
-CHAINS = ("--chain-of-thought", "--samples", "2", "--max-new-tokens", "5")
-
-
-@pytest.mark.parametrize("how", [(), CHAINS])
-def test_a_killed_run_continues_to_the_same_results(folder, data_file, tmp_path, monkeypatch, how):
-    name = "gsm8k-cot" if how else "gsm8k"
+def test_a_killed_run_continues_to_the_same_results(folder, five, tmp_path, monkeypatch):
+    name, data_file, how = five
     out = tmp_path / "out"
     run(folder, data_file, out, *how)
     path, summary = out / f"{name}-1-of-1.jsonl", out / f"{name}-summary.json"
@@ -401,9 +445,8 @@ def test_a_killed_run_continues_to_the_same_results(folder, data_file, tmp_path,
     assert summary.read_bytes() == scores
 
 
-@pytest.mark.parametrize("how", [(), CHAINS])
-def test_shards_together_are_the_whole(folder, data_file, tmp_path, capsys, how):
-    name = "gsm8k-cot" if how else "gsm8k"
+def test_shards_together_are_the_whole(folder, five, tmp_path, capsys):
+    name, data_file, how = five
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(folder, data_file, whole, *how)
     table = capsys.readouterr().out
@@ -446,9 +489,9 @@ def test_summary(folder, data_file, tmp_path, capsys):
 def test_a_plain_model_answers_without_thoughts(tmp_path, capsys):
     save_mistral(tiny_quiet_star(V=258).model, tmp_path)
     save_byte_tokenizer(tmp_path)
-    data_file = tmp_path / "dev.jsonl"
+    data_file = tmp_path / "csqa.jsonl"
     data_file.write_bytes(as_lines(FLAT, NESTED))
-    run(tmp_path, data_file, tmp_path / "out", task="csqa")
+    run(tmp_path, data_file, tmp_path / "out")
     table = capsys.readouterr().out
     assert "without thoughts" in table
     assert "with thoughts" not in table
