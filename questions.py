@@ -417,29 +417,20 @@ def show_summary(summary: dict) -> str:
     """A summary as a table."""
     ways = summary["scores"]
     title = f"{summary['settings']['task']}, {summary['questions']} questions"
-    lines = [f"{title:70}" + "".join(f"{way:>28}" for way in ways)]
+    lines = [f"{title:66}" + "".join(f"{way:>27}" for way in ways)]
     for score in next(iter(ways.values())):
         cells = (
             f"{100 * s['mean']:.2f} % [{100 * s['low']:.2f}, {100 * s['high']:.2f}]"
             for s in (way[score] for way in ways.values())
         )
-        lines.append(f"{SCORES[score]:70}" + "".join(f"{cell:>28}" for cell in cells))
+        lines.append(f"{SCORES[score]:66}" + "".join(f"{cell:>27}" for cell in cells))
     return "\n".join([*lines, "In brackets: 95 % intervals, by drawing the questions anew."])
 
 
-def evaluate(
-    answer: Callable[[Question], dict],
-    model_name: str,
-    data_file: Path,
-    out: Path,
-    settings: Settings,
-    shard: tuple[int, int] = (1, 1),
-) -> dict | None:
-    """Answer what shard (i, n) has of the questions in a file; the summary if all n are complete.
+def questions_to_answer(data_file: Path, settings: Settings) -> tuple[list[Question], dict]:
+    """The questions in a file, and what the header of their results says about it.
 
-    Writes out/{name}-{i}-of-{n}.jsonl and, with the last shard, out/{name}-summary.json. Raises
-    ValueError for a malformed line (unless it may be skipped), a shard without questions, and
-    results of something else in the folder.
+    ValueError for a malformed line; if they may be skipped, a line on standard error for each.
     """
     contents = data_file.read_bytes()
     questions, problems = read_questions(contents, str(data_file), settings.task)
@@ -450,20 +441,36 @@ def evaluate(
     for problem in problems:
         print(f"skipped {problem}", file=sys.stderr)
     questions = questions[: settings.limit]
+    return questions, {
+        "data": str(data_file),
+        "sha256": hashlib.sha256(contents).hexdigest(),
+        "malformed_lines": len(problems),
+        "questions": len(questions),
+    }
+
+
+def evaluate(
+    answer: Callable[[Question], dict],
+    model_name: str,
+    data_file: Path,
+    out: Path,
+    settings: Settings,
+    shard: tuple[int, int],
+) -> dict | None:
+    """Answer what shard (i, n) has of the questions in a file; the summary if all n are complete.
+
+    Writes out/{name}-{i}-of-{n}.jsonl and, with the last shard, out/{name}-summary.json.
+    ValueError for a malformed line, a shard without questions, and a folder with results of
+    something else.
+    """
+    questions, about = questions_to_answer(data_file, settings)
     i, n = shard
     if not 1 <= i <= n <= len(questions):
         raise ValueError(
             f"shard {i}/{n} of {len(questions)} questions; allowed are 1/n to n/n, "
             "n at most the number of questions"
         )
-    header = {
-        "model": model_name,
-        "data": str(data_file),
-        "sha256": hashlib.sha256(contents).hexdigest(),
-        "questions": len(questions),
-        "malformed_lines": len(problems),
-        "settings": asdict(settings),
-    }
+    header = {"model": model_name, **about, "settings": asdict(settings)}
     name = settings.task + ("-cot" if settings.chains else "")
     files = [out / f"{name}-{part}-of-{n}.jsonl" for part in range(1, n + 1)]
     out.mkdir(parents=True, exist_ok=True)

@@ -436,11 +436,16 @@ def test_a_killed_run_continues_to_the_same_results(folder, five, tmp_path, monk
 
     def counting(*arguments):
         answer = answerer(*arguments)
-        return lambda question: asked.append(question.line) or answer(question)
+
+        def count_and_answer(question):
+            asked.append((question.line, len(path.read_bytes().splitlines())))
+            return answer(question)
+
+        return count_and_answer
 
     monkeypatch.setattr(questions, "answerer", counting)
     run(folder, data_file, out, *how)
-    assert asked == [3, 4, 5]
+    assert asked == [(3, 3), (4, 4), (5, 5)]  # what was answered before is on disk already
     assert path.read_bytes() == whole
     assert summary.read_bytes() == scores
 
