@@ -2,6 +2,9 @@
 
     python eval.py --model runs/1/quiet_star       the puzzles of the embedded corpus, as a table
     python eval.py --model FOLDER --text FILE      perplexity with and without thoughts
+    python eval.py --model FOLDER --task gsm8k --data test.jsonl --out runs/eval
+    python eval.py --model FOLDER --task csqa --data dev.jsonl --out runs/eval
+                                                   the paper's questions (questions.py)
 
 The puzzles are those held out of training, in lines that do not explain themselves. A text is read
 in sequences of --context tokens, each on its own; every token but a sequence's first is predicted
@@ -10,10 +13,10 @@ with and without a thought before it, in parallel over positions.
 
 import argparse
 import math
+import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -21,9 +24,10 @@ import torch
 from torch import Tensor
 
 import data
+import questions
 from model import Cache, Mistral
 from sample import execute, generate, load_any, pick_device
-from thoughts import QuietStar
+from thoughts import QuietStar, thinking_once
 from tokenizer import Tokenizer
 
 # ------------------------------------------------------------------------------------- the puzzles
@@ -75,16 +79,6 @@ def aloud(model: Mistral, puzzles: Puzzles, dash: int) -> Tensor:
     opened = torch.cat([puzzles.ids, dashes], dim=1)
     said = generate(model, opened, data.ASIDE, temperature=0)
     return model(torch.cat([said, dashes], dim=1))[:, -1]
-
-
-@contextmanager
-def thinking_once(model: QuietStar) -> Iterator[None]:
-    """One thought per position, scored on one token: what an evaluation needs of it."""
-    config, model.config = model.config, replace(model.config, n_thoughts=1, n_true=1)
-    try:
-        yield
-    finally:
-        model.config = config
 
 
 def sampled_thoughts(model: QuietStar, ids: Tensor) -> Tensor:
@@ -178,9 +172,53 @@ def show_text(base: Tensor, talk: Tensor, bins: int = 5) -> str:
 
 # ------------------------------------------------------------------------------ the command line
 
+# Options that mean nothing without another one; None where they are not given.
+TASK_OPTIONS = ("data", "out", "limit", "seed", "shard", "skip_malformed", "chain_of_thought")
+CHAIN_OPTIONS = ("samples", "temperature", "max_new_tokens")
+
+
+def check_together(options: argparse.Namespace) -> None:
+    """ValueError for an option that would be ignored, or --task without what it needs."""
+    for needed, names in (("task", TASK_OPTIONS), ("chain_of_thought", CHAIN_OPTIONS)):
+        for name in names:
+            if getattr(options, name) is not None and getattr(options, needed) is None:
+                name, needed = (x.replace("_", "-") for x in (name, needed))
+                raise ValueError(f"--{name} is for --{needed}; give both or neither")
+    if options.task is not None and (options.data is None or options.out is None):
+        raise ValueError("--task needs --data FILE and --out FOLDER")
+    if options.task is not None and options.text is not None:
+        raise ValueError("--task and --text are two evaluations; give one of them")
+
+
+def run_task(options: argparse.Namespace) -> None:
+    """Answer the questions of a shard; print the table once all shards are complete."""
+
+    def given(*names: str) -> dict:
+        values = {name: getattr(options, name) for name in names}
+        return {name: value for name, value in values.items() if value is not None}
+
+    chains = questions.Chains(**given(*CHAIN_OPTIONS)) if options.chain_of_thought else None
+    settings = questions.Settings(**given("task", "limit", "seed", "skip_malformed"), chains=chains)
+    shard = re.fullmatch(r"(\d+)/(\d+)", options.shard or "1/1")
+    if shard is None:
+        raise ValueError(f"--shard is {options.shard!r}; it must be i/n, such as 1/4")
+    model, tokenizer = load_any(options.model, pick_device(options.device))
+    answer = questions.answerer(model, tokenizer, settings)
+    i, n = map(int, shard.groups())
+    data_file, out = Path(options.data), Path(options.out)
+    summary = questions.evaluate(answer, options.model, data_file, out, settings, (i, n))
+    if summary:
+        print(questions.show_summary(summary))
+    else:
+        print(f"shard {i}/{n} is complete; the last of the {n} to be so prints the summary")
+
 
 def run(options: argparse.Namespace) -> None:
     """Load, evaluate, print."""
+    check_together(options)
+    if options.task is not None:
+        run_task(options)
+        return
     model, tokenizer = load_any(options.model, pick_device(options.device))
     if options.text is None:
         print(show_puzzles({"model": puzzle_table(model, tokenizer)}))
@@ -197,12 +235,23 @@ def run(options: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description="What thoughts are worth, on puzzles or a text.")
-    add = parser.add_argument
+    parser = argparse.ArgumentParser(description="What are the thoughts worth?")
+    add, flag = parser.add_argument, partial(parser.add_argument, action="store_true", default=None)
     add("--model", required=True, metavar="FOLDER", help="checkpoint folder")
     add("--text", metavar="FILE", help="text or .jsonl file; none: the embedded corpus' puzzles")
     add("--context", type=int, default=256, help="tokens in a sequence (256)")
     add("--max-tokens", type=int, help="tokens of the text to read; none: all")
+    add("--task", choices=questions.PARSERS, help="questions to answer, with and without thoughts")
+    add("--data", metavar="FILE", help="the task's questions: JSON lines of its data set")
+    add("--out", metavar="FOLDER", help="for results and summary; continues what is there")
+    add("--limit", type=int, help="the first questions only; none: all")
+    add("--seed", type=int, help="of sampling and intervals (0)")
+    add("--shard", metavar="I/N", help="every N-th question from the I-th on, of all (1/1)")
+    flag("--skip-malformed", help="leave out lines that are no question; else they stop it")
+    flag("--chain-of-thought", help="gsm8k: think step by step in words, then vote")
+    add("--samples", type=int, help="chains of thought that vote on an answer (8)")
+    add("--temperature", type=float, help="of sampling them; 0 is greedy (0.7)")
+    add("--max-new-tokens", type=int, help="of one of them, at most (384)")
     add("--device", help="cpu, cuda, mps; none: the best there is")
     execute(parser, run, arguments)
 

@@ -23,8 +23,9 @@ The file reads bottom-up: config, pure functions (the equations), the module, lo
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -483,6 +484,17 @@ def quiet_star_loss(
 # -------------------------------------------------------------------------------------- the module
 
 
+def check_positions(positions: Tensor, last: int) -> None:
+    """ValueError for positions that are not [J] whole numbers in 0 .. last."""
+    whole = positions.dtype in (torch.int64, torch.int32)
+    inside = ((positions >= 0) & (positions <= last)).all()
+    if not whole or positions.dim() != 1 or not len(positions) or not inside:
+        raise ValueError(
+            f"positions must be whole numbers in 0 .. {last}, one dimension, at least one; "
+            f"given {positions.tolist()}"
+        )
+
+
 class Workspace(NamedTuple):
     """What all steps of the thoughts of one forward pass share."""
 
@@ -604,14 +616,9 @@ class QuietStar(nn.Module):
         elif temperature > 0:
             uniform = torch.rand(B, J * N, K, generator=generator).to(ids.device)  # [B, P, K]
 
-        h_init, text = self.model.hidden_states(self.model.embed_tokens(ids))
+        h_init, space = self._read(ids, positions)
         head = self.model.lm_head.weight
         base_nll = -token_logp(h_init[:, :-1], head, ids[:, 1:]) * target_mask[:, 1:]  # [B, T-1]
-        blocks = attention_blocks(positions, N, self.model.config.sliding_window)
-        shape = self.model.config
-        slots = (2, B * shape.num_key_value_heads, J * N, K + 1 + self.config.n_true)
-        own = [h_init.new_empty(*slots, shape.head_dim) for _ in text]
-        space = Workspace(positions, blocks, text, own)
         thought, logp = self._think(space, B, forced, uniform, temperature)
         talk_nll, weight = self._talk(space, ids, h_init)
         valid = valid_targets(target_mask, positions, self.config.n_true)  # [A, B, J]
@@ -629,6 +636,15 @@ class QuietStar(nn.Module):
             positions=positions,
             target_mask=target_mask,
         )
+
+    def _read(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, Workspace]:
+        """The base pass over ids [B, T] -> h_init [B, T, D], and what thoughts on it share."""
+        h_init, text = self.model.hidden_states(self.model.embed_tokens(ids))
+        shape, config = self.model.config, self.config
+        blocks = attention_blocks(positions, config.n_thoughts, shape.sliding_window)
+        rows, steps = len(positions) * config.n_thoughts, config.thought_length + config.n_true + 1
+        slots = (2, len(ids) * shape.num_key_value_heads, rows, steps, shape.head_dim)
+        return h_init, Workspace(positions, blocks, text, [h_init.new_empty(slots) for _ in text])
 
     def _think(self, space, B, forced, uniform, temperature):
         """Sample, or follow, the K tokens of every thought: ids and logp [K, B, P].
@@ -704,13 +720,7 @@ class QuietStar(nn.Module):
                 )
             positions = torch.arange(T - config.n_true)
         positions = torch.as_tensor(positions, device=ids.device)
-        inside = (positions >= 0) & (positions <= T - 2)
-        whole = positions.dtype in (torch.int64, torch.int32)
-        if not whole or positions.dim() != 1 or not len(positions) or not inside.all():
-            raise ValueError(
-                f"positions must be whole numbers in 0 .. {T - 2}, one dimension, at least one; "
-                f"given {positions.tolist()}"
-            )
+        check_positions(positions, T - 2)
         if target_mask is None:
             target_mask = torch.ones_like(ids)
         target_mask = torch.as_tensor(target_mask, device=ids.device).bool()
@@ -758,23 +768,53 @@ class QuietStar(nn.Module):
         states.append(self.model.hidden_states(torch.cat([x, embed(end)], dim=1), cache)[0])
         cache.length = end_of_text
 
-        h_init, h_thought = states[0][:, 0], states[-1][:, -1]  # [B, D]
-        w = self.mixing_weight(h_init, h_thought)
+        thought_ids = torch.cat([last.new_empty(len(last), 0), *thought], dim=1)
+        return self._predict(states[0][:, 0], states[-1][:, -1], thought_ids)
+
+    @torch.no_grad()
+    def think_at(self, ids: Tensor, positions: Tensor) -> "Prediction":
+        """Think greedily at positions [J] of a text ids [B, T], and predict what follows each.
+
+        What think_last predicts after reading ids[:, : j + 1], for all positions j in parallel.
+        positions: any of 0 .. T-1, else ValueError.
+        """
+        positions = torch.as_tensor(positions, device=ids.device)
+        check_positions(positions, ids.shape[1] - 1)
+        with thinking_once(self):
+            h_init, space = self._read(ids, positions)
+            thought, _ = self._think(space, len(ids), None, None, 0)  # [K, B, J]
+            end = self.embed_thought(ids.new_full((len(ids), len(positions)), self.end_id))
+            h_thought = self._step(end, self.config.thought_length + 2, space)  # [B, J, D]
+        return self._predict(h_init[:, positions], h_thought, thought.movedim(0, -1))
+
+    def _predict(self, h_init: Tensor, h_thought: Tensor, thought_ids: Tensor) -> "Prediction":
+        """The prediction from hidden states [..., D] before and after the thoughts [..., K]."""
+        head, w = self.model.lm_head.weight, self.mixing_weight(h_init, h_thought)
         return Prediction(
             logits=token_logits(mix(h_init, h_thought, w), head, self.excluded),
             base_logits=token_logits(h_init, head, self.excluded),
-            thought_ids=torch.cat([last.new_empty(len(last), 0), *thought], dim=1),
+            thought_ids=thought_ids,
             weight=w,
         )
 
 
 class Prediction(NamedTuple):
-    """What QuietStar.think_last predicts after the text."""
+    """What comes next, after a text [B] (think_last) or after positions of it [B, J] (think_at)."""
 
-    logits: Tensor  # [B, V] float32, mixed; meta tokens excluded
-    base_logits: Tensor  # [B, V] float32, without the thought
-    thought_ids: Tensor  # [B, K] int64
-    weight: Tensor  # [B] the mixing weight w
+    logits: Tensor  # [..., V] float32, mixed; meta tokens excluded
+    base_logits: Tensor  # [..., V] float32, without the thought
+    thought_ids: Tensor  # [..., K] int64
+    weight: Tensor  # [...] the mixing weight w
+
+
+@contextmanager
+def thinking_once(model: QuietStar) -> Iterator[None]:
+    """One thought per position, scored on one token: what an evaluation needs of it."""
+    config, model.config = model.config, replace(model.config, n_thoughts=1, n_true=1)
+    try:
+        yield
+    finally:
+        model.config = config
 
 
 # ------------------------------------------------------------------------------------- checkpoints
