@@ -192,7 +192,7 @@ def summary_item(index: int, thought: Thought, records: list[Record]) -> str:
     return (
         f'<li><a href="#t{index}"><em{color_class(gain)}>{signed(gain)}</em></a> '
         f"after <code>{escaped(before[-16:])}</code> thought <code>{escaped(thought.text)}</code>, "
-        f"next <code>{escaped(records[index + 1].text)}</code> "
+        f"next <code>{escaped(records[index + 1].text)}</code>"
         f"<small>w {thought.weight:.3f}{r}</small></li>"
     )
 
@@ -318,7 +318,7 @@ code { padding: 0 .25em; border: 1px solid var(--line); border-radius: 3px; font
   white-space: pre-wrap; overflow-wrap: anywhere; }
 em { padding: .1em .3em; border-radius: 3px; color: var(--ink); font-style: normal; }
 .columns em { text-decoration: none; }
-.columns small { white-space: nowrap; }
+.columns small { display: block; }
 dd em { margin-right: -.3em; }
 em, dd { font-variant-numeric: tabular-nums; }
 dl, dd { margin: 0; }
@@ -336,7 +336,7 @@ li { margin: .2rem 0; }
 .reading { display: grid; grid-template-columns: minmax(0, 1fr) 22rem; gap: 1.5rem;
   align-items: start; margin-top: 1rem; }
 #text { line-height: 1.9; white-space: pre-wrap; overflow-wrap: anywhere; }
-#text > span { padding: .15em 0; border-radius: 3px; }
+#text > span { padding: .15em 0; border-radius: 3px; box-shadow: inset -1px 0 var(--page); }
 #text > span:hover { outline: 1px solid var(--ink); }
 #text > span:focus { outline: 2px solid var(--ink); outline-offset: 1px; }
 #text i { background: radial-gradient(circle, var(--soft) 1px, transparent 1.5px); }
@@ -396,6 +396,7 @@ function meanGain(i) {
 
 function show(i) {
   shown = i;
+  panel.scrollTop = 0;
   const [without, thoughts] = records[i];
   const title = element("h2", "After ", element("code", tokenText(i)));
   if (!thoughts.length) {

@@ -232,7 +232,7 @@ def test_the_summary_shows_the_extremes_with_their_numbers():
     for item, gain in ((strongest, "+1.500"), (worst, "−0.750")):
         said = re.sub("<.*?>", "", item)
         thought = gain.replace("−", "-").strip("+0")
-        assert f"{gain} after 1= thought ={float(thought)}, next ↵ w 0.750, reward +0.500" == said
+        assert f"{gain} after 1= thought ={float(thought)}, next ↵w 0.750, reward +0.500" == said
         assert 'href="#t1"' in item
 
 
