@@ -315,7 +315,7 @@ header p, .legend + p, small { color: var(--soft); font-size: .875rem; }
 a { color: var(--link); }
 code, #text { font-family: ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; }
 code { padding: 0 .25em; border: 1px solid var(--line); border-radius: 3px; font-size: .875em;
-  white-space: pre-wrap; overflow-wrap: anywhere; }
+  white-space: pre-wrap; overflow-wrap: anywhere; box-decoration-break: clone; }
 em { padding: .1em .3em; border-radius: 3px; color: var(--ink); font-style: normal; }
 .columns em { text-decoration: none; }
 .columns small { display: block; }
