@@ -288,7 +288,7 @@ class Mistral(nn.Module):
 # ---------------------------------------------------------------------------------- checkpoints
 
 
-def write_file(path: Path, write: Callable[[Path], None]) -> None:
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make a file under a temporary name, then rename it: never half of a file."""
     temporary = path.with_name(path.name + ".tmp")
     write(temporary)

@@ -1,7 +1,8 @@
-"""Continue a prompt with a plain or a thinking model.
+"""Continue a prompt with a plain or a thinking model, or look at its thoughts about a text.
 
     python sample.py --model FOLDER --prompt "The capital of France is" --greedy
     python sample.py --model runs/1/quiet_star --prompt "122010=" --greedy --show-thoughts
+    python sample.py --model runs/1/quiet_star --text FILE --html out.html --context 64
 
 A thinking model thinks before every token that it writes. Only the last position thinks; the text's
 key/value cache never holds a thought, so what was thought cannot be looked up later.
@@ -9,6 +10,8 @@ key/value cache never holds a thought, so what was thought cannot be looked up l
 
 import argparse
 import math
+import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model import Cache, Mistral, load_mistral, read_config
+import data
+from model import Cache, Mistral, load_mistral, read_config, write_file
+from page import STRONG, level, read_thoughts, render
 from thoughts import Prediction, QuietStar, load_quiet_star, sample_tokens, thinks
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -150,6 +155,18 @@ def load_any(folder: str | Path, device: torch.device) -> tuple[Mistral | QuietS
     return (load_quiet_star if thinks(folder) else load_mistral)(folder, dtype, device), tokenizer
 
 
+def paint(text: str, gain: float) -> str:
+    """The text in the colour that its gain in nats has on the page: blue raised, orange lowered.
+
+    Unpainted unless standard output is a terminal; NO_COLOR turns it off (no-color.org).
+    """
+    size = level(gain)
+    if not size or os.environ.get("NO_COLOR") or not sys.stdout.isatty():
+        return text
+    style = "1;" if abs(size) >= STRONG else ""  # bold
+    return f"\x1b[{style}38;5;{33 if size > 0 else 208}m{text}\x1b[0m"
+
+
 def show_thought(step: Step, row: int, tokenizer: Tokenizer) -> str:
     """A line on one generated token: its thought, w, and what the thought did to its log p."""
     token, prediction = step.token[row], step.prediction
@@ -158,10 +175,11 @@ def show_thought(step: Step, row: int, tokenizer: Tokenizer) -> str:
         for logits in (prediction.logits, prediction.base_logits)
     )
     thought = tokenizer.decode(prediction.thought_ids[row].tolist())
+    gain = with_thought - without
+    shown = f"{tokenizer.decode([token.item()])!r:>12}"
     return (
-        f"{tokenizer.decode([token.item()])!r:>12}  thought {thought!r}  "
-        f"w {prediction.weight[row].item():.3f}  "
-        f"log p {without:.3f} -> {with_thought:.3f} ({with_thought - without:+.3f})"
+        f"{paint(shown, gain)}  thought {thought!r}  w {prediction.weight[row].item():.3f}  "
+        f"log p {without:.3f} -> {with_thought:.3f} ({paint(f'{gain:+.3f}', gain)})"
     )
 
 
@@ -180,13 +198,72 @@ def execute(
         parser.exit(130, f"{parser.prog}: stopped\n")
 
 
-def run(options: argparse.Namespace) -> None:
-    """Load, continue, print."""
-    model, tokenizer = load_any(options.model, pick_device(options.device))
-    if options.show_thoughts and not isinstance(model, QuietStar):
-        raise ValueError(f"{options.model} is a plain model: it has no thoughts to show")
+# What --prompt and --text take beside --seed and --device, with the defaults.
+OF_PROMPT = {
+    "max_new_tokens": 16,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "greedy": False,
+    "samples": 1,
+    "show_thoughts": False,
+}
+OF_TEXT = {"html": None, "context": 256}
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """ValueError for options that do not go together."""
+    if (options.prompt is None) == (options.text is None):
+        raise ValueError(
+            "give either --prompt, to continue it, or --text, to see thoughts about it"
+        )
+    taken, other = ("--text", OF_PROMPT) if options.prompt is None else ("--prompt", OF_TEXT)
+    odd = [name for name, default in other.items() if getattr(options, name) != default]
+    if odd:
+        raise ValueError(f"{taken} does not go with --{odd[0].replace('_', '-')}; leave one out")
+    if options.text is not None and options.html is None:
+        raise ValueError("--text needs --html, the file to write the page into")
+    if options.html is not None and not Path(options.html).absolute().parent.is_dir():
+        raise ValueError(f"--html {options.html}: its folder does not exist; make it first")
     if options.samples < 1 or not 0 <= options.seed < 2**63:
         raise ValueError("--samples must be at least 1 and --seed a whole number from 0")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Load a model; write a page of its thoughts, or let it continue a prompt."""
+    check_options(options)
+    model, tokenizer = load_any(options.model, pick_device(options.device))
+    if (options.text is not None or options.show_thoughts) and not isinstance(model, QuietStar):
+        raise ValueError(f"{options.model} is a plain model: it has no thoughts to show")
+    if isinstance(model, QuietStar) and options.text is not None:
+        write_page(model, tokenizer, options)
+    else:
+        continue_prompt(model, tokenizer, options)
+
+
+def write_page(model: QuietStar, tokenizer: Tokenizer, options: argparse.Namespace) -> None:
+    """Let the model think about a text and write the page."""
+    text = data.tokenize(data.read_documents([options.text]), tokenizer)
+    text = data.Tokens(*(x.to(next(model.parameters()).device) for x in (text.ids, text.is_target)))
+    generator = torch.Generator().manual_seed(options.seed)
+    records = []
+    for record in read_thoughts(model, tokenizer, text, options.context, generator):
+        records.append(record)
+        if sys.stderr.isatty():
+            print(f"\r{len(records)} of {len(text.ids)} tokens", end="", file=sys.stderr)
+    config = model.config
+    note = (
+        f"{config.n_thoughts} thoughts of {config.thought_length} tokens after every token, "
+        f"sampled at temperature 1 with seed {options.seed}; the text is read in sequences of "
+        f"{options.context} tokens, each on its own."
+    )
+    page = render(records, f"Thoughts of {options.model} on {options.text}", note, config)
+    write_file(Path(options.html), lambda temporary: temporary.write_text(page, encoding="utf-8"))
+
+
+def continue_prompt(
+    model: Mistral | QuietStar, tokenizer: Tokenizer, options: argparse.Namespace
+) -> None:
+    """Continue a prompt and print the thoughts, if asked, and the texts."""
     prompt = tokenizer.encode(options.prompt, bos=tokenizer.adds_bos)
     device = next(model.parameters()).device
     ids = torch.tensor([prompt] * options.samples, dtype=torch.long, device=device)
@@ -214,18 +291,26 @@ def run(options: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Continue a prompt, thinking if the model can.")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.set_defaults(**OF_PROMPT, **OF_TEXT)
     add = parser.add_argument
     add("--model", required=True, metavar="FOLDER", help="checkpoint folder, plain or thinking")
-    add("--prompt", required=True, help="the text to continue")
-    add("--max-new-tokens", type=int, default=16, help="tokens to write (16)")
-    add("--temperature", type=float, default=1.0, help="of sampling; 0 is greedy (1.0)")
-    add("--top-p", type=float, default=1.0, help="sample among the likeliest tokens only (1.0)")
-    add("--greedy", action="store_true", help="the same as --temperature 0")
-    add("--samples", type=int, default=1, help="continuations at once (1)")
     add("--seed", type=int, default=0, help="of the sampling (0)")
-    add("--show-thoughts", action="store_true", help="print the thought before every token")
     add("--device", help="cpu, cuda, mps; none: the best there is")
+    add = parser.add_argument_group("continue a prompt").add_argument
+    add("--prompt", help="the text to continue")
+    add("--max-new-tokens", type=int, help="tokens to write (16)")
+    add("--temperature", type=float, help="of sampling; 0 is greedy (1.0)")
+    add("--top-p", type=float, help="sample among the likeliest tokens only (1.0)")
+    add("--greedy", action="store_true", help="the same as --temperature 0")
+    add("--samples", type=int, help="continuations at once (1)")
+    add("--show-thoughts", action="store_true", help="print the thought before every token")
+    add = parser.add_argument_group("look at the thoughts about a text").add_argument
+    add("--text", metavar="FILE", help="text or .jsonl file")
+    add("--html", metavar="FILE", help="page to write")
+    add("--context", type=int, help="tokens in a sequence (256)")
     execute(parser, run, arguments)
 
 

@@ -131,6 +131,14 @@ class Tokenizer:
         """
         return b"".join(map(self._bytes, ids)).decode("utf-8", self.decode_errors)
 
+    def spell(self, ids: Iterable[int]) -> str:
+        r"""The ids as people can look at them, alone or together: nothing is left out or taken off.
+
+        A byte that is no UTF-8 here becomes \xe2, a special token or an id without a token ⟨2⟩.
+        """
+        pieces = (self._bytes_of.get(token) or f"⟨{token}⟩".encode() for token in ids)
+        return b"".join(pieces).decode("utf-8", "backslashreplace")
+
     def token_id(self, piece: str) -> int:
         """Id of the one ordinary token that is exactly this text; ValueError if there is none."""
         ids = self._pieces.get(piece.encode(), ())

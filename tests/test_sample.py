@@ -145,6 +145,74 @@ def test_bad_input_is_one_line_and_exit_code_2(folders, capsys, change, message)
     assert error.count("\n") == 1
 
 
+# ------------------------------------------------------------------------------ looking at thoughts
+
+
+def test_colors_are_for_terminals(monkeypatch):
+    """The page's levels: blue and orange, bold from 0.3 nats, plain below 0.03."""
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    assert sample.paint("x", 0.1) == "\x1b[38;5;33mx\x1b[0m"
+    assert sample.paint("x", -0.1) == "\x1b[38;5;208mx\x1b[0m"
+    assert sample.paint("x", -0.3) == "\x1b[1;38;5;208mx\x1b[0m"
+    assert sample.paint("x", 0.02) == "x"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert sample.paint("x", 0.1) == "x"
+    monkeypatch.delenv("NO_COLOR")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: False, raising=False)
+    assert sample.paint("x", 0.1) == "x"
+
+
+def test_page_of_a_text(folders, tmp_path):
+    """One span for each token of the file, the same page for the same seed."""
+    text, first, second = (tmp_path / name for name in ("text.txt", "1.html", "2.html"))
+    text.write_text("12=0\n12=é", encoding="utf-8")
+    for file in (first, second):
+        options = ["--text", str(text), "--html", str(file), "--context", "6", "--device", "cpu"]
+        sample.main(["--model", str(folders[1]), *options])
+    page = first.read_text(encoding="utf-8")
+    assert page == second.read_text(encoding="utf-8")
+    assert page.count("<span") == 10
+    assert r"\xc3</span>" in page  # a byte of é, which is no character
+    assert "seed 0" in page
+    assert "sequences of 6 tokens" in page
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "give either --prompt"),
+        (["--text", "TEXT", "--html", "x.html", "--prompt", "x"], "give either --prompt"),
+        (["--text", "TEXT"], "--text needs --html"),
+        (["--prompt", "x", "--html", "x.html"], "--prompt does not go with --html"),
+        (["--prompt", "x", "--context", "9"], "--prompt does not go with --context"),
+        (["--text", "TEXT", "--html", "x", "--greedy"], "--text does not go with --greedy"),
+        (["--text", "TEXT", "--html", "x", "--top-p", "0.5"], "--text does not go with --top-p"),
+        (["--text", "TEXT", "--html", "nowhere/x.html"], "its folder does not exist"),
+        (["--text", "TEXT", "--html", "x.html", "--seed", "-1"], "--seed a whole number"),
+        (["--text", "TEXT", "--html", "x.html", "--context", "1"], "context is 1; it must be"),
+        (["--text", "SHORT", "--html", "x.html"], "nothing to predict"),
+        (["--text", "nowhere.txt", "--html", "x.html"], "cannot read nowhere.txt"),
+        (["--model", "PLAIN", "--text", "TEXT", "--html", "x.html"], "no thoughts to show"),
+    ],
+)
+def test_bad_page_is_one_line_and_exit_code_2(
+    folders, tmp_path, monkeypatch, capsys, options, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "long.txt").write_text("12=0\n")
+    (tmp_path / "short.txt").write_text("1")
+    names = {"PLAIN": str(folders[0]), "TEXT": "long.txt", "SHORT": "short.txt"}
+    given = ["--model", str(folders[1]), "--device", "cpu", *(names.get(o, o) for o in options)]
+    with pytest.raises(SystemExit) as stopped:
+        sample.main(given)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "x.html").exists()
+
+
 def test_tokenizer_of_another_model(folders, tmp_path, capsys):
     save_mistral(tiny_mistral(V=1000), tmp_path)
     save_byte_tokenizer(tmp_path)

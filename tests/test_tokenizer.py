@@ -247,6 +247,14 @@ def test_byte_tokenizer(bytewise):
         assert bytewise.decode(bytewise.encode(text)) == text
 
 
+def test_spelling_leaves_nothing_out(mistral, bytewise):
+    """Ids one by one: a space in front stays, bytes and special tokens have something to show."""
+    ids = mistral.encode("the 日\n", bos=True)
+    assert "".join(mistral.spell([token]) for token in ids) == "⟨1⟩ the 日\n"
+    assert bytewise.spell([0xC3, 0xA9, 257]) == "é—"
+    assert [bytewise.spell([token]) for token in (0xC3, 0xA9, 999)] == [r"\xc3", r"\xa9", "⟨999⟩"]
+
+
 def test_merges_agree_with_the_slow_bpe(tmp_path):
     text = " ".join(case["text"] for case in fixture("mistral_v1_encode.json"))[:60_000]
     merges = merges_from(text[:10_000], 200)

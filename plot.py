@@ -1,0 +1,83 @@
+"""Draw the training curves of a run of train.py; needs matplotlib.
+
+python plot.py runs/1 --out curves.png
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from sample import execute
+
+CURVES = {  # title of a panel: metrics drawn in it, with their labels
+    "loss of a token (nats)": {"base_nll": "without thoughts", "talk_nll": "with thoughts"},
+    "reward of a thought (nats)": {"reward": "reward"},
+    "mixing weight": {"weight": "w (1: not heard)"},
+}
+COLORS = ("#c8650a", "#2470b8")  # the page's orange and blue, dark enough for thin lines
+
+
+def read_metrics(run: Path) -> dict[str, list[float]]:
+    """What Quiet-STaR's steps logged in a run's folder: {name: a value for every step}.
+
+    A last line that is not finished is left out: the run may be writing it. ValueError names a file
+    or line that does not fit.
+    """
+    path = run / "metrics.jsonl"
+    try:
+        whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {path}: {error}; give the folder of a run") from None
+    names = ["step", *(name for panel in CURVES.values() for name in panel)]
+    metrics: dict[str, list[float]] = {name: [] for name in names}
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            row = json.loads(line)
+            if row["stage"] == "quiet_star":
+                for name in names:
+                    metrics[name].append(float(row[name]))
+        except (ValueError, KeyError, TypeError) as error:
+            reason = f"{type(error).__name__} {error}"
+            raise ValueError(f"{path}, line {number} is no line of metrics: {reason}") from None
+    if not metrics["step"]:
+        raise ValueError(f"{path} has no step of Quiet-STaR yet")
+    return metrics
+
+
+def draw(metrics: dict[str, list[float]], out: Path) -> None:
+    """Draw the curves into a file, whose name says its format (.png, .svg, .pdf).
+
+    ValueError without matplotlib or for a format that it does not write.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise ValueError("curves are drawn by matplotlib: pip install matplotlib") from None
+    figure = Figure(figsize=(10, 3), layout="constrained")
+    for axes, (title, panel) in zip(figure.subplots(1, len(CURVES)), CURVES.items(), strict=True):
+        colors = COLORS if len(panel) > 1 else COLORS[1:]
+        for (name, label), color in zip(panel.items(), colors, strict=True):
+            axes.plot(metrics["step"], metrics[name], color=color, label=label)
+        axes.set_title(title, fontsize="medium")
+        axes.set_xlabel("step")
+        axes.spines[["top", "right"]].set_visible(False)
+        if len(panel) > 1:
+            axes.legend(frameon=False)
+    figure.savefig(out, dpi=100)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Read, draw."""
+    draw(read_metrics(Path(options.run)), Path(options.out))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Draw the training curves of a run.")
+    parser.add_argument("run", metavar="FOLDER", help="folder of the run, with its metrics.jsonl")
+    parser.add_argument("--out", required=True, metavar="FILE", help="picture to write")
+    execute(parser, run, arguments)
+
+
+if __name__ == "__main__":
+    main()

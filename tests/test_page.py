@@ -1,0 +1,266 @@
+"""The page of a text's thoughts: its records against thinking slowly, and what the HTML says."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from tiny import random_ids, think_slowly, tiny_quiet_star
+
+import page
+from data import Tokens
+from page import Record, Thought, extremes, level, read_thoughts, render, visible
+from thoughts import ThoughtConfig
+
+
+class Numbers:
+    """A tokenizer that spells ids as their numbers: thoughts can be read back."""
+
+    @staticmethod
+    def spell(ids):
+        return " ".join(map(str, ids))
+
+
+def read(model, ids, context, is_target=None, seed=0):
+    """The records of a text ids [T]."""
+    is_target = torch.ones_like(ids, dtype=torch.bool) if is_target is None else is_target
+    generator = torch.Generator().manual_seed(seed)
+    return list(read_thoughts(model, Numbers, Tokens(ids, is_target), context, generator))
+
+
+# ------------------------------------------------------------------------------------- the records
+
+
+def check_record(record, model, sequence, j):
+    """A record against the plain model and against each of its thoughts had the slow way."""
+    assert record.text == str(int(sequence[j]))
+    base = torch.log_softmax(model.model(sequence[None])[0, j], -1)[sequence[j + 1]]
+    assert abs(record.logp - base) < 1e-5
+    slow = [
+        think_slowly(model, sequence, j, list(map(int, thought.text.split())))
+        for thought in record.thoughts
+    ]
+    totals = [-sum(map(float, s["nll"])) for s in slow]
+    for thought, s, total in zip(record.thoughts, slow, totals, strict=True):
+        assert abs(thought.logp + s["nll"][0]) < 1e-5
+        assert abs(thought.weight - s["weight"][0]) < 1e-5
+        if len(s["nll"]) == model.config.n_true:
+            assert abs(thought.reward - (total - sum(totals) / len(totals))) < 1e-5
+        else:
+            assert thought.reward is None
+
+
+# Where sequences begin and how many of their positions think: a text of 11 tokens, A = 2.
+@pytest.mark.parametrize(
+    ("context", "sequences"),
+    [(99, [(0, 10)]), (11, [(0, 10)]), (10, [(0, 8), (8, 2)]), (5, [(0, 3), (3, 3), (6, 4)])],
+)
+@torch.no_grad()
+def test_records_equal_thinking_slowly(context, sequences):
+    model, ids = tiny_quiet_star(), random_ids(1, 11)[0]
+    records = read(model, ids, context)
+    assert [record.text for record in records] == [str(int(token)) for token in ids]
+    assert sum(thinking for _, thinking in sequences) == 10
+    for start, thinking in sequences:
+        for j in range(thinking):
+            check_record(records[start + j], model, ids[start : start + context], j)
+    assert records[10] == Record(str(int(ids[10])), None, [])
+    with_reward = [all(t.reward is not None for t in record.thoughts) for record in records[:10]]
+    assert with_reward == [True] * 9 + [False]  # the last position has one target, not two
+
+
+def test_thoughts_are_the_models_own_and_a_seed_repeats_them():
+    model, ids = tiny_quiet_star(), random_ids(1, 8)[0]
+    output = model(ids[None], positions=torch.arange(7), generator=torch.Generator().manual_seed(5))
+    records = read(model, ids, 8, seed=5)
+    for j, record in enumerate(records[:7]):
+        spelled = [Numbers.spell(thought.tolist()) for thought in output.thought_ids[0, :, j]]
+        assert [thought.text for thought in record.thoughts] == spelled
+    assert read(model, ids, 8, seed=5) == records
+    assert read(model, ids, 8, seed=6) != records
+
+
+def test_nothing_is_predicted_across_documents():
+    model, ids = tiny_quiet_star(), random_ids(1, 7)[0]
+    is_target = torch.tensor([False, True, True, True, False, True, True])
+    records = read(model, ids, 7, is_target)
+    assert [record.logp is None for record in records] == [False] * 3 + [True, False, False, True]
+    assert [len(record.thoughts) for record in records] == [3, 3, 3, 0, 3, 3, 0]
+    rewarded = [[t.reward is not None for t in record.thoughts] for record in records]
+    assert rewarded == [[True] * 3, [True] * 3, [False] * 3, [], [True] * 3, [False] * 3, []]
+
+
+def test_context_needs_room_for_the_targets():
+    with pytest.raises(ValueError, match="context is 2; it must be at least 3"):
+        read(tiny_quiet_star(), random_ids(1, 7)[0], 2)
+
+
+# ------------------------------------------------------------------------------------- the summary
+
+
+def record(text, *gains):
+    """A record whose next token has log p -2 without a thought."""
+    return Record(text, -2.0, [Thought(f"{text}{g}", 0.5, 0.75, g - 2.0) for g in gains])
+
+
+LAST = Record("end", None, [])
+
+
+def test_level_by_hand():
+    gains = [None, 0.0, 0.02, 0.03, 0.1, 0.25, 0.3, 1.0, 9.0, -0.02, -0.03, -0.5, -1.0]
+    assert [level(gain) for gain in gains] == [0, 0, 0, 1, 2, 2, 3, 4, 4, 0, -1, -3, -4]
+
+
+def test_the_color_is_the_mean_of_the_next_tokens_gains():
+    assert abs(record("a", 0.5, -0.25).mean_gain() - 0.125) < 1e-12
+    assert LAST.mean_gain() is None
+
+
+def test_extremes_by_hand():
+    """One thought of a token in each list, in order, and only those that raise or lower."""
+    records = [record("a", 0.5, 0.75), record("b", -0.5, 1.5), record("c", -1.0, -0.25), LAST]
+    strongest, worst = extremes(records)
+    assert [(i, thought.text) for i, thought in strongest] == [(1, "b1.5"), (0, "a0.75")]
+    assert [(i, thought.text) for i, thought in worst] == [(2, "c-1.0"), (1, "b-0.5")]
+    many = [record(str(i), i / 8) for i in range(1, 10)]
+    assert [i for i, _ in extremes(many)[0]] == [8, 7, 6, 5, 4]
+    assert extremes(many)[1] == []
+
+
+def test_figures_by_hand():
+    """Means over tokens of log p and gain; 0.02 is neither raised nor lowered."""
+    records = [record("a", 0.5, 1.5), record("b", 0.02), record("c", -0.5), LAST]
+    values = re.findall(r"<dd>(.*?)</dd>", page.figures(records))
+    change = f"{(1.0 + 0.02 - 0.5) / 3:+.3f}"
+    shown = [re.sub("<.*?>", "", value).replace("−", "-") for value in values]
+    assert shown == ["3", "-2.000", f"{-2 + float(change):+.3f}", change, "33.3 %", "33.3 %"]
+    with pytest.raises(ValueError, match="nothing to predict"):
+        page.figures([LAST])
+
+
+# ---------------------------------------------------------------------------------------- the page
+
+
+class Page(HTMLParser):
+    """What a browser would make of the HTML: elements, the tokens, and the records."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.tokens, self.classes, self.ids = [], [], [], []
+        self.json, self.said, self.depth, self.inside = "", "", 0, None
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        self.tags.append(tag)
+        self.inside = attributes.get("id") if tag == "script" else None
+        if tag == "span":  # only tokens are spans
+            self.tokens.append("")
+            self.classes.append(attributes.get("class"))
+            self.ids.append(attributes.get("id"))
+            self.depth += 1
+
+    def handle_endtag(self, tag):
+        self.inside = None
+        self.depth -= tag == "span"
+
+    def handle_data(self, data):
+        if self.inside == "records":
+            self.json += data
+        elif self.depth:
+            self.tokens[-1] += data
+        else:
+            self.said += data
+
+
+def draw(records, title="title", **config):
+    return render(records, title, "note", ThoughtConfig(**config))
+
+
+NASTY = [
+    "<script>alert(1)</script>",
+    "</script>",
+    "<!--",
+    "&amp;",
+    "\"'>",
+    "a b\n",
+    "\t",
+    "\\n",
+    "—é",
+]
+
+
+def test_text_and_thoughts_are_escaped():
+    """Whatever a text or thought says is text: no element more, and every character kept."""
+    harmless = Page(draw([record("x", 0.5) for _ in NASTY] + [LAST]))
+    records = [Record(n, -2.0, [Thought(n, 0.0, 1.0, -1.5)]) for n in NASTY] + [LAST]
+    found = Page(draw(records, title=NASTY[0]))
+    blanks = len("".join(NASTY)) - len(re.sub(r"\s", "", "".join(NASTY)))
+    marks = found.tags.count("i") + found.tags.count("b")
+    assert marks == blanks == 3
+    assert sorted(found.tags) == sorted([*harmless.tags, "i", "i", "b"])
+    assert found.tokens == [*NASTY, "end"]
+    assert [row[1][0][0] for row in json.loads(found.json)[:-1]] == NASTY
+    assert found.said.count(NASTY[0]) == 3  # title, heading, thought in the summary
+
+
+def test_what_cannot_be_seen_is_spelled_out():
+    text = "\x00\r\x1b\u2028\u202e\u200b\ufeff\xa0"
+    assert visible(text) == r"\x00\r\x1b\u2028\u202e\u200b\ufeff\xa0"
+    assert visible("a\n\t é—日🙂") == "a\n\t é—日🙂"
+    found = Page(drawn := draw([Record(text, -2.0, [Thought(text, 0.0, 1.0, -1.5)]), LAST]))
+    assert found.tokens[0] == json.loads(found.json)[0][1][0][0] == visible(text)
+    assert not set(text) & set(drawn)
+
+
+def test_tokens_in_order_with_colors_records_and_links():
+    records = [record("12", 0.5, 1.5), record(" a", 0.0), record("\n", -0.02, -0.1), LAST]
+    found = Page(draw(records))
+    assert found.tokens == ["12", " a", "\n", "end"]
+    assert found.classes == ["raised4", None, "lowered1", None]
+    assert found.ids == ["t0", None, "t2", None]  # those in the summary
+    rows = json.loads(found.json)
+    assert rows[0] == [-2.0, [["120.5", 0.5, 0.75, -1.5], ["121.5", 0.5, 0.75, -0.5]]]
+    assert rows[3] == [None, []]
+
+
+def test_the_summary_shows_the_extremes_with_their_numbers():
+    drawn = draw([record("1", 0.0), record("=", 1.5, -0.75), Record("\n", None, [])])
+    strongest, worst = re.findall(r"<ol>(.*?)</ol>", drawn, re.DOTALL)
+    for item, gain in ((strongest, "+1.500"), (worst, "−0.750")):
+        said = re.sub("<.*?>", "", item)
+        thought = gain.replace("−", "-").strip("+0")
+        assert f"{gain} after 1= thought ={float(thought)}, next ↵w 0.750, reward +0.500" == said
+        assert 'href="#t1"' in item
+
+
+def test_the_page_needs_nothing_else():
+    drawn = draw([record("x", 0.5), LAST])
+    assert not re.search(r"src=|<link|@import|url\(|https?:|fetch|import\(", drawn)
+
+
+def luminance(color):
+    """Relative luminance of "#rrggbb" (WCAG 2)."""
+    channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("scheme", [0, 1])
+def test_contrast(scheme):
+    """WCAG AA, 4.5 to 1: the text on every colour, grey text and links where there is none."""
+    block = re.findall(r":root \{(.*?)\}", page.STYLE, re.DOTALL)[scheme]  # light, dark
+    colors = dict(re.findall(r"--(\w+): (#\w{6})", block))
+
+    def contrast(one, other):
+        dark, light = sorted(luminance(colors[name]) for name in (one, other))
+        return (light + 0.05) / (dark + 0.05)
+
+    shades = [f"{way}{size}" for way in ("raised", "lowered") for size in range(1, 5)]
+    for ground in ("page", "card", *shades):
+        assert contrast("ink", ground) >= 4.5, ground
+    for ground in ("page", "card"):
+        assert contrast("soft", ground) >= 4.5
+        assert contrast("link", ground) >= 4.5

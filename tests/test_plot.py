@@ -1,0 +1,79 @@
+"""Training curves: what is read from metrics.jsonl, and what is said when something is missing."""
+
+import json
+import sys
+
+import pytest
+
+import plot
+from plot import read_metrics
+
+BASE = json.dumps({"stage": "base", "step": 1, "loss": 5.0})
+
+
+def step(number, **changes):
+    metrics = {"base_nll": 2.0, "talk_nll": 1.5, "reward": 0.25, "weight": 0.75, "loss": 9.0}
+    return json.dumps({"stage": "quiet_star", "step": number} | metrics | changes)
+
+
+def write(folder, *lines, end="\n"):
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + end)
+    return folder
+
+
+def test_only_the_steps_of_quiet_star_are_read(tmp_path):
+    metrics = read_metrics(write(tmp_path, BASE, step(1), step(2, reward=-0.5)))
+    assert metrics == {
+        "step": [1.0, 2.0],
+        "base_nll": [2.0, 2.0],
+        "talk_nll": [1.5, 1.5],
+        "reward": [0.25, -0.5],
+        "weight": [0.75, 0.75],
+    }
+
+
+def test_a_line_that_is_being_written_is_left_out(tmp_path):
+    assert read_metrics(write(tmp_path, step(1), step(2)[:30], end=""))["step"] == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([BASE], "no step of Quiet-STaR yet"),
+        ([step(1), "{"], "line 2 is no line of metrics"),
+        (["[]"], "line 1 is no line of metrics"),
+        ([step(1, reward=None)], "line 1 is no line of metrics"),
+        (
+            ['{"stage": "quiet_star", "step": 1}'],
+            "line 1 is no line of metrics: KeyError 'base_nll'",
+        ),
+    ],
+)
+def test_bad_metrics(tmp_path, lines, message):
+    with pytest.raises(ValueError, match=message):
+        read_metrics(write(tmp_path, *lines))
+
+
+def test_no_run_is_one_line_and_exit_code_2(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        plot.main([str(tmp_path / "nowhere"), "--out", str(tmp_path / "curves.png")])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert "cannot read" in error
+    assert "give the folder of a run" in error
+    assert error.count("\n") == 1
+
+
+def test_without_matplotlib_it_says_how_to_get_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(SystemExit) as stopped:
+        plot.main([str(write(tmp_path, step(1))), "--out", str(tmp_path / "curves.png")])
+    assert stopped.value.code == 2
+    assert "pip install matplotlib" in capsys.readouterr().err
+
+
+def test_curves_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    plot.main([str(write(tmp_path, step(1), step(2))), "--out", str(tmp_path / "curves.png")])
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
