@@ -164,6 +164,14 @@ def test_a_stage_without_thoughts_is_a_language_model_stage(tmp_path):
     assert not load_quiet_star(tmp_path / "trained").mixing_head[4].weight.any()  # w is still 1
 
 
+def test_the_shape_of_a_step():
+    """T - A positions think, or as many as were asked for; none without thoughts."""
+    thoughts = train.ThoughtConfig(n_true=4)
+    settings = [{}, {"positions": 5}, {"thoughts": "pause"}, {"thoughts": "none"}]
+    works = [train.work_of(train.Settings(context=16, **given), thoughts) for given in settings]
+    assert [work.J for work in works] == [12, 5, 12, 0]
+
+
 def test_init(tmp_path):
     """Start and end begin as the em dash, or as two unlike vectors; the rest is the same."""
     run(tmp_path / "run")
