@@ -131,7 +131,7 @@ def text_report(checkpoint: str, out: Path, count: int, device: torch.device) ->
         "",
         *(f"    {line}" for line in evaluation.show_text(control, with_thought).split("\n")),
         "",
-        f"Thoughts in the middle of the first {THOUGHTS} sequences, as they came:",
+        f"Thoughts in the middle of {min(count, THOUGHTS)} of the sequences, as they came:",
         "",
         *(f"    {line}" for line in show_thoughts(model, tokenizer, ids[:THOUGHTS])),
     ]
