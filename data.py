@@ -60,10 +60,13 @@ def explanation(moves: np.ndarray) -> str:
     return "".join(map(str, np.cumsum(moves) % HOURS))
 
 
-def make_corpus(seed: int, lines: int, explained: float) -> str:
-    """Lines of the training puzzles; a share `explained` of them has an aside, half of it work."""
+def make_corpus(seed: int, lines: int, explained: float, held_out: bool = False) -> str:
+    """Lines of the training or held-out puzzles; a share `explained` of them has an aside.
+
+    Half of the asides are work.
+    """
     rng = np.random.default_rng(seed)
-    puzzles = all_puzzles(held_out=False)
+    puzzles = all_puzzles(held_out)
     text = []
     for moves in puzzles[rng.integers(len(puzzles), size=lines)]:
         aside = None

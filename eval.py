@@ -27,7 +27,7 @@ import data
 import questions
 from model import Cache, Mistral
 from sample import execute, generate, load_any, pick_device
-from thoughts import QuietStar, thinking_once
+from thoughts import Prediction, QuietStar, thinking_once
 from tokenizer import Tokenizer
 
 # ------------------------------------------------------------------------------------- the puzzles
@@ -91,23 +91,38 @@ def sampled_thoughts(model: QuietStar, ids: Tensor) -> Tensor:
     return output.thought_ids[:, 0, 0]
 
 
+def predict_answers(model: QuietStar, puzzles: Puzzles, thought_ids: Tensor | None) -> Prediction:
+    """What follows the puzzles after thoughts thought_ids [n, K]; None: after greedy ones."""
+    room = model.config.thought_length + 2
+    cache = Cache(model.model, len(puzzles.ids), puzzles.ids.shape[1] + room)
+    model.model.hidden_states(model.model.embed_tokens(puzzles.ids[:, :-1]), cache)
+    return model.think_last(puzzles.ids[:, -1], cache, thought_ids)
+
+
 @torch.no_grad()
 def puzzle_table(model: Mistral | QuietStar, tokenizer: Tokenizer) -> dict[str, Score]:
-    """The scores of a model on the held-out puzzles, by what it does between "=" and the answer."""
+    """The scores of a model on the held-out puzzles, by what it does between "=" and the answer.
+
+    Shuffled thoughts are the greedy ones, each given to a puzzle drawn by lot.
+    """
     text_model = model.model if isinstance(model, QuietStar) else model
     puzzles = held_out_puzzles(tokenizer, text_model.embed_tokens.weight.device)
     dash = tokenizer.token_id("—")
     table = {"answers at once": score(text_model(puzzles.ids)[:, -1], puzzles)}
     if isinstance(model, QuietStar):
-        K = model.config.thought_length
-        pause = puzzles.ids.new_full((len(puzzles.ids), K), model.start_id)
-        sampled = sampled_thoughts(model, puzzles.ids)
-        thoughts = {"pause tokens": pause, "sampled thoughts": sampled, "greedy thoughts": None}
+        greedy = predict_answers(model, puzzles, None)
+        n, K = greedy.thought_ids.shape
+        generator = torch.Generator().manual_seed(0)
+        V, others = text_model.config.vocab_size, torch.randperm(n, generator=generator)
+        thoughts = {
+            "pause tokens": puzzles.ids.new_full((n, K), model.start_id),
+            "random thoughts": torch.randint(V, (n, K), generator=generator).to(puzzles.ids),
+            "shuffled thoughts": greedy.thought_ids[others.to(puzzles.ids.device)],
+            "sampled thoughts": sampled_thoughts(model, puzzles.ids),
+        }
         for name, thought in thoughts.items():
-            cache = Cache(text_model, len(puzzles.ids), puzzles.ids.shape[1] + K + 2)
-            text_model.hidden_states(text_model.embed_tokens(puzzles.ids[:, :-1]), cache)
-            prediction = model.think_last(puzzles.ids[:, -1], cache, thought)
-            table[name] = score(prediction.logits, puzzles)
+            table[name] = score(predict_answers(model, puzzles, thought).logits, puzzles)
+        table["greedy thoughts"] = score(greedy.logits, puzzles)
     table["writes its aside"] = score(aloud(text_model, puzzles, dash), puzzles)
     return table
 

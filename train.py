@@ -62,6 +62,8 @@ from thoughts import (
 from tokenizer import load_tokenizer, save_byte_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+THOUGHTS = ("sampled", "pause", "random", "none")
+INITS = ("dash", "random")
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,8 @@ class Settings:
     positions: int | None = None  # positions that think, drawn anew every step (J); none: all
     lr: float = 1e-6  # learning rate of AdamW in Quiet-STaR
     mixing_lr: float | None = None  # that of the mixing head; none: the same
+    thoughts: str = "sampled"  # sampled; or a control: pause (start tokens), random (tokens), none
+    init: str = "dash"  # what start and end begin as: dash (the em dash) or random
     warmup: int = 20  # steps in which the learning rate rises to lr, constant afterwards
     weight_decay: float = 1e-3  # of AdamW
     clip: float = 1.0  # largest norm of the gradient
@@ -98,6 +102,8 @@ class Settings:
             "positions": (self.positions is None or self.positions >= 1, "at least 1"),
             "lr": (0 < self.lr < math.inf, "positive"),
             "mixing_lr": (self.mixing_lr is None or 0 < self.mixing_lr < math.inf, "positive"),
+            "thoughts": (self.thoughts in THOUGHTS, ", ".join(THOUGHTS)),
+            "init": (self.init in INITS, " or ".join(INITS)),
             "warmup": (self.warmup >= 0, "at least 0"),
             "weight_decay": (self.weight_decay >= 0, "at least 0"),
             "clip": (self.clip > 0, "positive"),
@@ -126,7 +132,7 @@ BASE = MistralConfig(258, 128, 352, 2, 4, 4)  # 0.5 M parameters over bytes and 
 BASE_BATCH, BASE_LR = 32, 3e-3
 BASE_EXPLAINED, EXPLAINED = 0.8, 0.1  # share of lines with an aside, before and during Quiet-STaR
 CORPUS_LINES = 40_000
-EM_DASH = "—"  # what start and end begin as
+EM_DASH = "—"  # what start and end begin as, unless at random
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 
 
@@ -155,6 +161,11 @@ def language_step(model, ids, mask, settings, generator) -> dict[str, Tensor]:
     return total
 
 
+def step_without_thoughts(model, ids, mask, settings, generator) -> dict[str, Tensor]:
+    """The control that only trains on: language_step of the model inside a QuietStar."""
+    return language_step(model.model, ids, mask, settings, generator)
+
+
 def quiet_star_step(model, ids, mask, settings, generator) -> dict[str, Tensor]:
     """Gradient of the Quiet-STaR loss of a batch, and its metrics.
 
@@ -169,11 +180,31 @@ def quiet_star_step(model, ids, mask, settings, generator) -> dict[str, Tensor]:
     counts = count_targets(mask, positions.to(ids.device), A)
     total: dict[str, Tensor] = {}
     for part, targets in split(ids, mask, settings.micro_batch):
-        output = model(part, positions=positions, target_mask=targets, generator=generator)
+        forced = forced_thoughts(settings.thoughts, model, len(part), len(positions), generator)
+        output = model(part, forced, positions, targets, generator=generator)
+        if forced is not None:  # not what the model chose: there is nothing to reinforce
+            output = output._replace(thought_logp=torch.zeros_like(output.thought_logp))
         loss, metrics = quiet_star_loss(output, model.config, counts)
         loss.backward()
         add(total, metrics)
     return total
+
+
+def forced_thoughts(
+    kind: str, model: QuietStar, B: int, J: int, generator: torch.Generator | None
+) -> Tensor | None:
+    """A control's thoughts [B, N, J, K] at J positions of B sequences; None: let the model sample.
+
+    pause: the start token K times, learned and without content (Goyal et al. 2023). random: K
+    tokens, each of the vocabulary as likely, drawn on the CPU sequence by sequence.
+    """
+    shape = (B, model.config.n_thoughts, J, model.config.thought_length)
+    device = model.start_embedding.device
+    if kind == "pause":
+        return torch.full(shape, model.start_id, device=device)
+    if kind == "random":
+        return torch.randint(model.model.config.vocab_size, shape, generator=generator).to(device)
+    return None
 
 
 def add(total: dict[str, Tensor], part: dict[str, Tensor]) -> None:
@@ -345,8 +376,9 @@ def base_stage(settings: Settings, run: Path, device: torch.device) -> Stage:
 
 
 def work_of(settings: Settings, thoughts: ThoughtConfig) -> Work:
-    """The shape of a step of Quiet-STaR."""
+    """The shape of a step of Quiet-STaR, or of its control without thoughts (J = 0)."""
     J = settings.positions or settings.context - thoughts.n_true
+    J = 0 if settings.thoughts == "none" else J
     return Work(
         settings.batch_size, settings.micro_batch or settings.batch_size, settings.context, J
     )
@@ -386,7 +418,7 @@ def make_optimizer(weights: list[dict], settings: Settings) -> torch.optim.Optim
 def quiet_star_stage(
     settings: Settings, thoughts: ThoughtConfig, run: Path, device: torch.device
 ) -> Stage:
-    """Quiet-STaR, on the embedded corpus or on text of the user's."""
+    """Quiet-STaR or a control of it, on the embedded corpus or on text of the user's."""
     torch.manual_seed(settings.seed)
     source = Path(settings.checkpoint or run / "base")
     tokenizer = load_tokenizer(source)
@@ -398,7 +430,8 @@ def quiet_star_stage(
     else:
         base = load_mistral(source, DTYPES[settings.dtype], device)
         check_belongs(tokenizer, base.config.vocab_size, source)
-        model = QuietStar(base, replace(thoughts, init_id=tokenizer.token_id(EM_DASH)))
+        init_id = tokenizer.token_id(EM_DASH) if settings.init == "dash" else None
+        model = QuietStar(base, replace(thoughts, init_id=init_id))
     model.checkpointing = settings.checkpointing
     if settings.compile:
         for layer in model.model.layers:
@@ -424,7 +457,7 @@ def quiet_star_stage(
         optimizer=make_optimizer(weights, settings),
         rate=constant_after(settings.warmup),
         batch=lambda step: tokens.batch(step, B, T, settings.seed, device),
-        step=quiet_star_step,
+        step=step_without_thoughts if settings.thoughts == "none" else quiet_star_step,
         save=lambda folder: save_quiet_star(model, folder),
         tokenizer=source,
         flops=step_flops(model.model.config, model.config, work_of(settings, model.config)),
@@ -433,11 +466,7 @@ def quiet_star_stage(
 
 
 def start_run(given: dict) -> tuple[Settings, ThoughtConfig, Path]:
-    """Settings and folder of a new run, or of the one to resume.
-
-    Defaults are the paper's, or those of the embedded corpus without a checkpoint; `given` are the
-    options of the command line.
-    """
+    """Settings and folder of a new run, or of the one to resume, from command-line options."""
     out, resume = given.pop("out", None), given.pop("resume")
     preset = PRESETS[given.pop("preset")] if "preset" in given else {}
     if resume:
@@ -445,8 +474,17 @@ def start_run(given: dict) -> tuple[Settings, ThoughtConfig, Path]:
     run = Path(out) if out else first_free_run(Path("runs"))
     if run.exists() and any(run.iterdir()):
         raise ValueError(f"{run} is not empty; give another --out, or --resume to continue it")
+    return *make_settings(preset | given), run
+
+
+def make_settings(given: dict) -> tuple[Settings, ThoughtConfig]:
+    """Both kinds of settings from options; ValueError for what does not go together.
+
+    What is not given has the paper's value, or without a checkpoint the embedded corpus'. Thoughts
+    that are not sampled from the model have no policy loss.
+    """
     names = {field.name for field in fields(Settings)}
-    options = preset | {name: value for name, value in given.items() if name in names}
+    options = {name: value for name, value in given.items() if name in names}
     thought_options = {name: value for name, value in given.items() if name not in names}
     embedded = "checkpoint" not in options
     if embedded == ("data" in options):
@@ -455,6 +493,11 @@ def start_run(given: dict) -> tuple[Settings, ThoughtConfig, Path]:
         options["checkpoint"] = str(Path(options["checkpoint"]).resolve())
         options["data"] = tuple(str(Path(file).resolve()) for file in options["data"])
     settings = Settings(**(EMBEDDED if embedded else {}) | options)
+    if settings.thoughts != "sampled" and thought_options.setdefault("policy_weight", 0.0) != 0:
+        raise ValueError(
+            f"--thoughts {settings.thoughts} leaves nothing to reinforce: its policy weight is 0, "
+            "leave --policy-weight out"
+        )
     thoughts = ThoughtConfig(**(EMBEDDED_THOUGHTS if embedded else {}) | thought_options)
     if thoughts.n_true >= settings.context:
         raise ValueError(f"n_true ({thoughts.n_true}) must be below context ({settings.context})")
@@ -465,7 +508,7 @@ def start_run(given: dict) -> tuple[Settings, ThoughtConfig, Path]:
         )
     if embedded != (settings.base_steps > 0):
         raise ValueError("--base-steps must be at least 1 on the embedded corpus, and 0 elsewhere")
-    return settings, thoughts, run
+    return settings, thoughts
 
 
 def resume_run(out: str | None, given: dict) -> tuple[Settings, ThoughtConfig, Path]:

@@ -9,7 +9,7 @@ from tiny import random_ids, think_slowly, tiny_quiet_star
 import data
 import eval as evaluation
 from model import save_mistral
-from thoughts import save_quiet_star
+from thoughts import load_quiet_star, save_quiet_star
 from tokenizer import load_tokenizer, save_byte_tokenizer
 
 
@@ -50,11 +50,33 @@ def test_score_by_hand():
 def test_table(folder, capsys):
     evaluation.main(["--model", str(folder), "--device", "cpu"])
     lines = capsys.readouterr().out.splitlines()
-    names = ["answers at once", "pause tokens", "sampled thoughts", "greedy thoughts", "aside"]
+    names = ["at once", "pause", "random", "shuffled", "sampled", "greedy", "aside"]
     assert len(lines) == 1 + len(names)
     for name, line in zip(names, lines[1:], strict=True):
         assert name in line
         assert "%" in line
+
+
+def test_random_and_shuffled_thoughts(folder, monkeypatch):
+    """Random: tokens of all the vocabulary. Shuffled: the greedy thoughts, of other puzzles."""
+    asked, predict = {}, evaluation.predict_answers
+
+    def watch(model, puzzles, thought_ids):
+        prediction = predict(model, puzzles, thought_ids)
+        asked[len(asked)] = prediction.thought_ids
+        return prediction
+
+    monkeypatch.setattr(evaluation, "predict_answers", watch)
+    model, tokenizer = load_quiet_star(folder), load_tokenizer(folder)
+    table = evaluation.puzzle_table(model, tokenizer)
+    greedy, _, random, shuffled, _ = asked.values()
+    assert random.shape == greedy.shape == (3 * 146, 2)
+    assert len(random.unique()) > 0.9 * 258
+    assert sorted(shuffled.tolist()) == sorted(greedy.tolist())
+    assert (shuffled != greedy).any()
+    puzzles = evaluation.held_out_puzzles(tokenizer, torch.device("cpu"))
+    other = predict(model, puzzles, shuffled)
+    assert table["shuffled thoughts"] == evaluation.score(other.logits, puzzles)
 
 
 def test_text_nll_equals_thinking_slowly():

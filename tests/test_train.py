@@ -47,13 +47,16 @@ def test_same_seed_same_run(tmp_path):
     assert all(a[key]["loss"] != c[key]["loss"] for key in a)
 
 
-@pytest.mark.parametrize("stage", ["base", "quiet_star"])
-@pytest.mark.parametrize("stopped_at", [1, 3, 4])
+@pytest.mark.parametrize(
+    ("stage", "stopped_at", "options"),
+    [(stage, step, "") for stage in ("base", "quiet_star") for step in (1, 3, 4)]
+    + [("quiet_star", 3, f"--thoughts {kind}") for kind in ("pause", "random", "none")],
+)
 def test_resumed_run_has_the_losses_of_an_uninterrupted_one(
-    tmp_path, monkeypatch, stage, stopped_at
+    tmp_path, monkeypatch, stage, stopped_at, options
 ):
     """Killed in the middle of a step, or while a checkpoint is being written (step 4)."""
-    run(tmp_path / "whole")
+    run(tmp_path / "whole", options)
 
     class KilledError(Exception):
         pass
@@ -67,7 +70,7 @@ def test_resumed_run_has_the_losses_of_an_uninterrupted_one(
 
     monkeypatch.setattr(train, "log", log_or_die)
     with pytest.raises(KilledError):
-        run(tmp_path / "killed")
+        run(tmp_path / "killed", options)
     monkeypatch.setattr(train, "log", log)
     train.main(["--out", str(tmp_path / "killed"), "--resume", "--device", "cpu"])
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
@@ -88,8 +91,10 @@ def test_a_crash_between_two_renames_loses_nothing(tmp_path):
     assert (tmp_path / "quiet_star").exists()
 
 
-@pytest.mark.parametrize("positions", [None, 5])
-def test_splitting_a_batch_changes_neither_gradient_nor_metrics(positions):
+@pytest.mark.parametrize(
+    ("positions", "thoughts"), [(None, "sampled"), (5, "sampled"), (None, "pause"), (5, "random")]
+)
+def test_splitting_a_batch_changes_neither_gradient_nor_metrics(positions, thoughts):
     """4 sequences at once, one by one, or 3 and 1; with targets missing in some of them."""
     ids = random_ids(4, 12)
     mask = torch.ones(4, 12, dtype=torch.bool)
@@ -97,7 +102,7 @@ def test_splitting_a_batch_changes_neither_gradient_nor_metrics(positions):
     results = []
     for size in (None, 1, 3):
         model = tiny_quiet_star()
-        settings = train.Settings(micro_batch=size, positions=positions)
+        settings = train.Settings(micro_batch=size, positions=positions, thoughts=thoughts)
         generator = torch.Generator().manual_seed(7)
         metrics = train.quiet_star_step(model, ids, mask, settings, generator)
         results.append((metrics, {name: p.grad for name, p in model.named_parameters()}))
@@ -105,6 +110,84 @@ def test_splitting_a_batch_changes_neither_gradient_nor_metrics(positions):
         for whole, parts in zip(results[0], other, strict=True):
             for name, value in whole.items():
                 assert (value - parts[name]).abs().max() < 1e-5 * (1 + value.abs().max()), name
+
+
+def test_forced_thoughts():
+    """2 sequences, 3 thoughts of 3 tokens at 40 positions, 23 tokens in the vocabulary."""
+    model = tiny_quiet_star()
+    generator = torch.Generator().manual_seed(3)
+    pause = train.forced_thoughts("pause", model, 2, 40, generator)
+    assert pause.shape == (2, 3, 40, 3)
+    assert pause.unique().tolist() == [model.start_id]
+    random = train.forced_thoughts("random", model, 2, 40, generator)
+    assert random.shape == (2, 3, 40, 3)
+    assert random.unique().tolist() == list(range(23))  # 720 draws: one is missing once in 1e12
+    assert train.forced_thoughts("sampled", model, 2, 40, generator) is None
+
+
+@pytest.mark.parametrize("thoughts", ["pause", "random"])
+def test_thoughts_of_a_control_are_forced_and_not_reinforced(monkeypatch, thoughts):
+    """The metrics are those of the language losses after just these thoughts."""
+    model, ids = tiny_quiet_star(policy_weight=5.0), random_ids(2, 9)
+    forced = train.forced_thoughts(thoughts, model, 2, 7, torch.Generator().manual_seed(7))
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    settings, generator = train.Settings(thoughts=thoughts), torch.Generator().manual_seed(7)
+    metrics = train.quiet_star_step(model, ids, mask, settings, generator)
+    output = model(ids, forced)
+    expected = output.base_nll.mean() / 2 + output.talk_nll.mean() / 2
+    assert metrics["loss"] == pytest.approx(expected.item(), rel=1e-6)
+    assert metrics["policy_loss"] == 0
+
+
+def test_a_stage_without_thoughts_is_a_language_model_stage(tmp_path):
+    """The losses are those of the base model trained on, step by step, on the same batches."""
+    run(tmp_path, "--thoughts none")
+    saved = json.loads((tmp_path / "settings.json").read_text())
+    assert saved["thoughts"]["policy_weight"] == 0
+    settings, thoughts, _ = train.resume_run(str(tmp_path), {})
+    (tmp_path / "quiet_star").rename(tmp_path / "trained")
+    stage = train.quiet_star_stage(settings, thoughts, tmp_path, torch.device("cpu"))
+    for step in range(4):
+        for group, rate in zip(stage.optimizer.param_groups, (2e-4, 1e-3), strict=True):
+            group["lr"] = rate * (step + 1) / 20
+        ids, mask = stage.batch(step)
+        stage.optimizer.zero_grad()
+        logits = stage.model.model(ids)[:, :-1]
+        nll = torch.nn.functional.cross_entropy(logits.mT, ids[:, 1:], reduction="none")
+        loss = nll[mask[:, 1:]].mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(stage.model.parameters(), 1.0)
+        stage.optimizer.step()
+        line = losses(tmp_path)["quiet_star", step + 1]
+        assert line["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert "reward" not in line
+    assert not load_quiet_star(tmp_path / "trained").mixing_head[4].weight.any()  # w is still 1
+
+
+def test_the_shape_of_a_step():
+    """T - A positions think, or as many as were asked for; none without thoughts."""
+    thoughts = train.ThoughtConfig(n_true=4)
+    settings = [{}, {"positions": 5}, {"thoughts": "pause"}, {"thoughts": "none"}]
+    works = [train.work_of(train.Settings(context=16, **given), thoughts) for given in settings]
+    assert [work.J for work in works] == [12, 5, 12, 0]
+
+
+def test_init(tmp_path):
+    """Start and end begin as the em dash, or as two unlike vectors; the rest is the same."""
+    run(tmp_path / "run")
+    settings, thoughts, _ = train.resume_run(str(tmp_path / "run"), {})
+    (tmp_path / "run" / "quiet_star").rename(tmp_path / "trained")
+    models = {}
+    for init in ("dash", "random"):
+        settings = train.replace(settings, init=init)
+        stage = train.quiet_star_stage(settings, thoughts, tmp_path / "run", torch.device("cpu"))
+        models[init] = stage.model
+    dash, other = models["dash"], models["random"]
+    table = dash.model.embed_tokens.weight
+    assert torch.equal(dash.start_embedding, table[257])
+    assert torch.equal(dash.end_embedding, table[257])
+    assert not torch.equal(other.start_embedding, other.end_embedding)
+    assert not (other.start_embedding == table).all(1).any()
 
 
 def test_metrics_and_files(tmp_path):
@@ -228,6 +311,9 @@ def test_runs_get_their_own_folders(tmp_path, monkeypatch):
         ("--checkpoint nowhere", "--checkpoint and --data go together"),
         ("--checkpoint nowhere --data text --base-steps 0", "nowhere is no checkpoint folder"),
         ("--resume --seed 1", "leave out"),
+        ("--thoughts deep", "thoughts is deep; it must be sampled, pause, random, none"),
+        ("--init zero", "init is zero; it must be dash or random"),
+        ("--thoughts pause --policy-weight 5", "leaves nothing to reinforce"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, options, message):
@@ -257,7 +343,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, capsys):
 
 def test_unknown_option(capsys):
     with pytest.raises(SystemExit) as stopped:
-        train.main(["--thoughts", "3"])
+        train.main(["--thinking", "3"])
     assert stopped.value.code == 2
 
 

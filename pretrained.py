@@ -1,0 +1,209 @@
+"""What thoughts bring a pretrained model, against as much training without them.
+
+    python pretrained.py --checkpoint SmolLM2 --data maths.txt train.jsonl --out runs/smollm2 \\
+        --gsm8k test.jsonl --csqa dev.jsonl -- --steps 200 --positions 64
+
+The last tenth of every text is held out. Quiet-STaR (OUT/thoughts) and a control (OUT/none: the
+same steps on the same batches, --thoughts none) train on the rest; options behind -- go to train.py
+for both. OUT/report.md compares them with each other and with the model before: loss on held-out
+text, the gain by difficulty, twenty thoughts as they came, and scores of eval.py's tasks. Started
+again, it continues what was stopped.
+"""
+
+import argparse
+import io
+import json
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import data
+import eval as evaluation
+import train
+from model import load_mistral, read_json, write_file, write_json
+from sample import execute, load_any, pick_device
+from thoughts import QuietStar, ThoughtConfig
+from tokenizer import Tokenizer, load_tokenizer
+
+HELD_OUT = 10  # one in so many
+THOUGHTS = 20  # shown, one in each of the first held-out sequences read
+
+
+def split_text(files: list[str]) -> tuple[list[str], list[str]]:
+    """The documents of the files, and their last tenth, held out.
+
+    Of several documents the last ones, of a single one the last lines.
+    """
+    known: list[str] = []
+    held_out: list[str] = []
+    for file in files:
+        documents = data.read_documents([file])
+        single = len(documents) == 1
+        parts = documents[0].splitlines(keepends=True) if single else documents
+        cut = len(parts) - len(parts) // HELD_OUT
+        for side, part in ((known, parts[:cut]), (held_out, parts[cut:])):
+            side += ["".join(part)] if single else part
+    if not any(held_out):
+        raise ValueError(
+            f"{', '.join(files)}: fewer than {HELD_OUT} lines; nothing can be held out"
+        )
+    return known, held_out
+
+
+def write_documents(path: Path, documents: list[str]) -> None:
+    """One document a line, as train.py reads them."""
+    lines = "".join(json.dumps({"text": document}) + "\n" for document in documents)
+    write_file(path, lambda file: file.write_text(lines, encoding="utf-8"))
+
+
+def begin_or_continue(path: Path, options: argparse.Namespace) -> None:
+    """Note what is trained on and how; ValueError if it was begun otherwise."""
+    given = {name: getattr(options, name) for name in ("checkpoint", "data", "training")}
+    if path.exists() and read_json(path) != given:
+        raise ValueError(f"{path} has other settings: {read_json(path)}; give another --out")
+    write_json(path, given)
+
+
+def train_or_resume(run: Path, device: list[str], options: list[str]) -> None:
+    """python train.py, from where it was stopped if it was."""
+    begun = (run / "settings.json").exists()
+    train.main(["--out", str(run), *device, *(["--resume"] if begun else options)])
+
+
+# ------------------------------------------------------------------------------------- the report
+
+
+@torch.no_grad()
+def show_thoughts(model: QuietStar, tokenizer: Tokenizer, ids: Tensor) -> list[str]:
+    """What is thought in the middle of each of the sequences ids [n, T], a line each.
+
+    The last words of the text, the true next token, the thought, w, and log p of the true token
+    without and with it.
+    """
+    j, lines = ids.shape[1] // 2, []
+    for tokens in ids[:, : j + 1]:
+        with evaluation.thinking_once(model):
+            output = model(tokens[None], positions=torch.tensor([j - 1]), temperature=0)
+        before, true = tokenizer.decode(tokens[-9:-1].tolist()), tokenizer.decode([int(tokens[j])])
+        thought = tokenizer.decode(output.thought_ids.flatten().tolist())
+        without, with_thought = -output.base_nll[0, j - 1].item(), -output.talk_nll.item()
+        lines.append(
+            f"{before!r} -> {true!r}  thought {thought!r}  w {output.weight.item():.3f}  "
+            f"log p {without:.3f} -> {with_thought:.3f} ({with_thought - without:+.3f})"
+        )
+    return lines
+
+
+def text_report(checkpoint: str, out: Path, count: int, device: torch.device) -> list[str]:
+    """Losses on `count` held-out sequences before and after, by difficulty, and the thoughts."""
+    tokenizer = load_tokenizer(Path(checkpoint))
+    context = read_json(out / "thoughts" / "settings.json")["settings"]["context"]
+    tokens = data.tokenize(data.read_documents([out / "held_out.jsonl"]), tokenizer)
+    count = min(count, len(tokens.ids) // context)
+    ids, mask = tokens.batch(0, count, context, 0, device)  # [n, T], drawn from all of them
+
+    def nll(model: QuietStar) -> tuple[Tensor, Tensor]:
+        return evaluation.text_nll(model, ids.flatten(), mask.flatten(), context)
+
+    base = load_mistral(checkpoint, torch.float32, device)
+    plain, _ = nll(QuietStar(base, ThoughtConfig(n_thoughts=1, thought_length=0)))
+    control, _ = nll(load_any(out / "none" / "quiet_star", device)[0])
+    model, _ = load_any(out / "thoughts" / "quiet_star", device)
+    without, with_thought = nll(model)
+    losses = {
+        "before": plain,
+        "trained on without thoughts": control,
+        "Quiet-STaR, no thoughts": without,
+        "Quiet-STaR, greedy thoughts": with_thought,
+    }
+    return [
+        f"Held-out text, {len(plain)} tokens; loss in nats a token:",
+        "",
+        *(f"    {name:30}{loss.mean():8.4f}" for name, loss in losses.items()),
+        "",
+        "By difficulty, without and with thoughts:",
+        "",
+        *(f"    {line}" for line in evaluation.show_text(without, with_thought).split("\n")),
+        "",
+        "By difficulty, the control and Quiet-STaR with thoughts:",
+        "",
+        *(f"    {line}" for line in evaluation.show_text(control, with_thought).split("\n")),
+        "",
+        f"Thoughts in the middle of {min(count, THOUGHTS)} of the sequences, as they came:",
+        "",
+        *(f"    {line}" for line in show_thoughts(model, tokenizer, ids[:THOUGHTS])),
+    ]
+
+
+def task_report(name: str, file: str, checkpoint: str, out: Path, options: list[str]) -> list[str]:
+    """What eval.py says of a task, for the model before, the control, and Quiet-STaR."""
+    folders = {
+        "before": checkpoint,
+        "trained on without thoughts": str(out / "none" / "quiet_star"),
+        "Quiet-STaR": str(out / "thoughts" / "quiet_star"),
+    }
+    lines = []
+    for label, folder in folders.items():
+        results = str(out / name / label.split()[0])
+        with redirect_stdout(io.StringIO()) as said:
+            evaluation.main(
+                ["--model", folder, "--task", name, "--data", file, "--out", results, *options]
+            )
+        lines += ["", f"{name}, {label}:", ""]
+        lines += [f"    {line}" for line in said.getvalue().splitlines()]
+    return lines
+
+
+# -------------------------------------------------------------------------------- the command line
+
+
+def run(options: argparse.Namespace) -> None:
+    """Split, train twice, compare."""
+    out = Path(options.out)
+    if options.sequences < 1:
+        raise ValueError(f"--sequences is {options.sequences}; it must be at least 1")
+    for file in filter(None, (options.gsm8k, options.csqa)):
+        if not Path(file).is_file():
+            raise ValueError(f"there is no file {file}")
+    known, held_out = split_text(options.data)
+    out.mkdir(parents=True, exist_ok=True)
+    begin_or_continue(out / "comparison.json", options)
+    write_documents(out / "train.jsonl", known)
+    write_documents(out / "held_out.jsonl", held_out)
+    device = ["--device", options.device] if options.device else []
+    source = ["--checkpoint", options.checkpoint, "--data", str(out / "train.jsonl")]
+    train_or_resume(out / "thoughts", device, [*source, *options.training])
+    train_or_resume(out / "none", device, [*source, *options.training, "--thoughts", "none"])
+    lines = text_report(options.checkpoint, out, options.sequences, pick_device(options.device))
+    limit = ["--limit", str(options.limit)] if options.limit else []
+    for task in ("gsm8k", "csqa"):
+        file = getattr(options, task)
+        if file:
+            lines += task_report(task, file, options.checkpoint, out, [*device, *limit])
+    text = "\n".join(lines) + "\n"
+    write_file(out / "report.md", lambda path: path.write_text(text, encoding="utf-8"))
+    print(text, end="")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="FOLDER", help="a pretrained model")
+    add("--data", required=True, nargs="+", metavar="FILE", help="text to train on and hold out")
+    add("--out", required=True, metavar="FOLDER", help="folder of the comparison")
+    add("--gsm8k", metavar="FILE", help="GSM8K's test questions, to be answered before and after")
+    add("--csqa", metavar="FILE", help="CommonsenseQA's questions, likewise")
+    add("--limit", type=int, metavar="N", help="of these, the first N only; none: all")
+    add("--sequences", type=int, default=200, help="of held-out text to read (200)")
+    add("--device", help="cpu, cuda, mps; none: the best there is")
+    add("training", nargs="*", metavar="-- ...", help="options of train.py")
+    execute(parser, run, arguments)
+
+
+if __name__ == "__main__":
+    main()
