@@ -174,9 +174,9 @@ def show_thought(step: Step, row: int, tokenizer: Tokenizer) -> str:
         torch.log_softmax(logits[row], dim=-1)[token].item()
         for logits in (prediction.logits, prediction.base_logits)
     )
-    thought = tokenizer.decode(prediction.thought_ids[row].tolist())
+    thought = tokenizer.spell(prediction.thought_ids[row].tolist())
     gain = with_thought - without
-    shown = f"{tokenizer.decode([token.item()])!r:>12}"
+    shown = f"{tokenizer.spell([token.item()])!r:>12}"
     return (
         f"{paint(shown, gain)}  thought {thought!r}  w {prediction.weight[row].item():.3f}  "
         f"log p {without:.3f} -> {with_thought:.3f} ({paint(f'{gain:+.3f}', gain)})"

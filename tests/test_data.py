@@ -69,13 +69,13 @@ def test_batches_are_a_function_of_the_step():
 def test_documents(tmp_path, tokenizer):
     (tmp_path / "a.txt").write_text("plain\ntext", encoding="utf-8")
     records = [{"text": "one"}, {"question": "How many?", "answer": "Two"}]
-    lines = "\n".join(map(json.dumps, records)) + "\n\n"
+    lines = "\n".join(map(json.dumps, records)) + '\n\n{"text": "a\u2028b"}\n'
     (tmp_path / "b.jsonl").write_text(lines, encoding="utf-8")
     documents = data.read_documents([tmp_path / "a.txt", str(tmp_path / "b.jsonl")])
-    assert documents == ["plain\ntext", "one", "How many?\nTwo"]
+    assert documents == ["plain\ntext", "one", "How many?\nTwo", "a\u2028b"]
     tokens = data.tokenize(documents, tokenizer)
     assert tokenizer.decode(tokens.ids.tolist()) == "".join(documents)
-    assert (~tokens.is_target).nonzero().flatten().tolist() == [0, 10, 13]
+    assert (~tokens.is_target).nonzero().flatten().tolist() == [0, 10, 13, 26]
 
 
 @pytest.mark.parametrize(
