@@ -175,7 +175,7 @@ def attention_blocks(
     return blocks
 
 
-FUSED = ("cpu",)  # devices where PyTorch's fused attention takes a bias and returns lse
+FUSED = ("cpu",)  # devices on which PyTorch's fused attention is used (a private operator)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -240,10 +240,7 @@ class _ThoughtAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, text_k, text_v, own, step, window, bias, blocks):
         own[:, :, :, step - 1] = torch.stack([k, v])
         ctx.mark_dirty(own)
-        out, text_lse = (
-            torch.empty_like(q),
-            q.new_empty(q.shape[:3], dtype=at_least_float32(q[:0]).dtype),
-        )
+        out, text_lse = torch.empty_like(q), at_least_float32(torch.empty_like(q[..., 0]))
         for rows, keys in blocks:
             out[:, :, rows], text_lse[:, :, rows] = attend(
                 q[:, :, rows], text_k[:, keys], text_v[:, keys], bias[rows, keys]
@@ -570,7 +567,7 @@ class QuietStar(nn.Module):
     def _step(self, x: Tensor, step: int, space: Workspace) -> Tensor:
         """Run step `step` of all thoughts through the model: embeddings x [B, P, D] -> h [B, P, D].
 
-        Its keys and values are added to space.own.
+        Its keys and values go into their slot of space.own.
         """
         window, T = self.model.config.sliding_window, space.text[0][0].shape[2]
         N = self.config.n_thoughts
