@@ -34,7 +34,7 @@ from torch import Tensor
 import cost
 import train
 from model import Mistral, MistralConfig, load_mistral, write_json, write_tensors
-from sample import execute, generate_steps
+from sample import execute, generate_steps, make_parser
 from thoughts import QuietStar, ThoughtConfig, quiet_star_loss
 from tokenizer import load_tokenizer
 
@@ -59,7 +59,7 @@ class Case:
     def tokens(self) -> int:
         """M, the tokens that a step handles."""
         J = self.positions or self.T - self.A
-        return self.T + self.N * J * (self.K + self.A + 1)
+        return cost.Work(1, 1, self.T, J).tokens(ThoughtConfig(self.N, self.K, self.A))
 
 
 CASES = (Case(64), Case(256), Case(512), Case(512, K=13, A=8))
@@ -73,10 +73,14 @@ def make(case: Case) -> tuple[QuietStar, Tensor]:
     return model, torch.randint(SMALL.vocab_size, (1, case.T))
 
 
+def plain_loss(model: QuietStar, ids: Tensor) -> Tensor:
+    """The language-model loss of the base model."""
+    return F.cross_entropy(model.model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
 def plain_step(model: QuietStar, ids: Tensor) -> None:
-    """A language-model step of the base model: forward and backward."""
-    logits = model.model(ids)[:, :-1]
-    F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
+    """A language-model step: forward and backward."""
+    plain_loss(model, ids).backward()
     model.zero_grad()
 
 
@@ -120,8 +124,7 @@ def saved_bytes(case: Case) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        logits = model.model(ids)[:, :-1]
-        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        loss = plain_loss(model, ids)
     assert loss.requires_grad  # keeps the graph, and with it every storage, alive until here
     return sum(storages.values())
 
@@ -289,13 +292,8 @@ def bench_preset(options: argparse.Namespace) -> None:
     work = train.work_of(settings, config)
     plan = cost.memory_plan(MISTRAL_7B, config, work, 2, 4, settings.checkpointing)
     print(cost.show_plan(plan, cost.free_memory(device)))
-    with torch.device("meta"):
+    with device:
         base = Mistral(MISTRAL_7B).bfloat16()
-    base = base.to_empty(device=device)
-    for parameter in base.parameters():
-        torch.nn.init.normal_(parameter, std=0.02) if parameter.dim() > 1 else parameter.data.fill_(
-            1
-        )
     model = QuietStar(base, config, settings.checkpointing)
     optimizer = train.make_optimizer([{"params": list(model.parameters()), "lr": 1e-6}], settings)
     peak, generator = cost.peak_flops(device, torch.bfloat16), torch.Generator().manual_seed(0)
@@ -337,14 +335,14 @@ def run(options: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description="What things cost, as ratios within one run.")
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("what", nargs="?", choices=BENCHES, default="steps", help="what to measure (steps)")
-    add("--context", type=int, help="steps: tokens of text (T); none: the four cases of the README")
-    add("--thought-length", type=int, default=9, help="K (9)")
-    add("--n-true", type=int, default=4, help="A (4)")
-    add("--positions", type=int, help="steps: positions that think (J); none: all")
-    add("--checkpointing", action="store_true", help="compute activations twice, keep fewer")
+    add("--context", type=int, help="steps: tokens of text (T); none: four cases, as in README")
+    add("--thought-length", type=int, default=9, help="generation, steps with --context: K (9)")
+    add("--n-true", type=int, default=4, help="steps with --context: A (4)")
+    add("--positions", type=int, help="steps with --context: positions that think (J); none: all")
+    add("--checkpointing", action="store_true", help="steps with --context: keep fewer activations")
     add("--repeats", type=int, default=3, help="measurements to take the median of (3)")
     add("--data", metavar="FILE", help="tokenizing: a text")
     add("--preset", choices=train.PRESETS, help="steps of a large model in train.py's preset")

@@ -25,6 +25,11 @@ class Work:
     T: int
     J: int
 
+    def tokens(self, thoughts: ThoughtConfig) -> int:
+        """M = T + N J (K + A + 1): the tokens of a sequence and of all its thoughts' steps."""
+        steps = thoughts.thought_length + thoughts.n_true + 1
+        return self.T + thoughts.n_thoughts * self.J * steps
+
 
 def parameters(model: MistralConfig) -> tuple[int, int, int]:
     """Parameters of all layers, of the head, and all of Quiet-STaR together."""
@@ -49,9 +54,8 @@ def step_flops(model: MistralConfig, thoughts: ThoughtConfig, work: Work) -> flo
     through_layers = layers * (T + rows * steps)
     through_head = head * (T - 1 + rows * (K + A))
     mixing = 3 * model.hidden_size**2 * rows * A
-    keys = T * T / 2 + rows * (
-        steps * T / 2 + steps * (steps + 1) / 2
-    )  # a query sees half the text
+    # a query sees half the text, and half of its thought
+    keys = T * T / 2 + rows * steps * (T + steps + 1) / 2
     width = model.num_hidden_layers * model.num_attention_heads * model.head_dim
     return 6.0 * work.batch * (through_layers + through_head + mixing + 2 * width * keys)
 
@@ -72,12 +76,8 @@ def memory_plan(
     """
     D, H = model.hidden_size, model.num_attention_heads * model.head_dim
     kv, inner = model.num_key_value_heads * model.head_dim, model.intermediate_size
-    N, K, A, L = (
-        thoughts.n_thoughts,
-        thoughts.thought_length,
-        thoughts.n_true,
-        model.num_hidden_layers,
-    )
+    N, K, A = thoughts.n_thoughts, thoughts.thought_length, thoughts.n_true
+    L = model.num_hidden_layers
     rows, steps = N * work.J, K + A + 1
     wide = max(weight_bytes, 4) / weight_bytes  # norms and logits are in float32
     layer = 2 * (1 + 2 * wide) * D + 3 * H + 2 * kv + 4 * inner  # kept of a token in a layer

@@ -26,7 +26,7 @@ from torch import Tensor
 import data
 import questions
 from model import Cache, Mistral
-from sample import execute, generate, load_any, pick_device
+from sample import execute, generate, load_any, make_parser, pick_device, show_status
 from thoughts import Prediction, QuietStar, thinking_once
 from tokenizer import Tokenizer
 
@@ -151,18 +151,16 @@ def text_nll(
     """
     base, talk = [], []
     with thinking_once(model):
-        for start in range(0, len(ids), context):
+        starts = range(0, len(ids) - 1, context)  # a last sequence of one token has no target
+        for count, start in enumerate(starts, 1):
             row = ids[None, start : start + context]
             mask = is_target[None, start : start + context]
-            if row.shape[1] < 2:
-                break
             output = model(row, target_mask=mask, temperature=0)
             valid = output.valid[0, 0]  # [J]
             base.append(output.base_nll[0][valid].cpu())
             talk.append(output.talk_nll[0, 0, 0][valid].cpu())
-            done = min(start + context, len(ids))
-            if sys.stderr.isatty():
-                print(f"\r{done} of {len(ids)} tokens", end="", file=sys.stderr, flush=True)
+            line = f"{min(start + context, len(ids))} of {len(ids)} tokens"
+            show_status(line, count, len(starts), sys.stderr)
     if not sum(map(len, base)):
         raise ValueError(f"a text of {len(ids)} tokens has nothing to predict in it")
     return torch.cat(base), torch.cat(talk)
@@ -250,7 +248,7 @@ def run(options: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description="What are the thoughts worth?")
+    parser = make_parser(__doc__)
     add, flag = parser.add_argument, partial(parser.add_argument, action="store_true", default=None)
     add("--model", required=True, metavar="FOLDER", help="checkpoint folder")
     add("--text", metavar="FILE", help="text or .jsonl file; none: the embedded corpus' puzzles")

@@ -30,9 +30,9 @@ import torch
 import data
 import eval as evaluation
 import train
-from model import read_json, write_file, write_json
-from sample import execute
-from thoughts import QuietStar
+from model import read_json, write_json, write_text
+from sample import execute, make_parser
+from thoughts import QuietStar, ThoughtConfig
 from tokenizer import load_tokenizer, save_byte_tokenizer
 
 HELD_OUT_LINES = 300  # of the text on which the gain by difficulty is measured
@@ -42,14 +42,10 @@ HELD_OUT_LINES = 300  # of the text on which the gain by difficulty is measured
 
 
 def tokens_of(options: dict) -> int:
-    """Tokens that a run of Quiet-STaR handles: what it costs.
-
-    A step handles M = T + N J (K + A + 1) for each sequence of its batch.
-    """
+    """Tokens that a run of Quiet-STaR handles: what it costs."""
     settings, thoughts = train.make_settings(options)
-    J = train.work_of(settings, thoughts).J
-    rows, steps = thoughts.n_thoughts * J, thoughts.thought_length + thoughts.n_true + 1
-    return settings.steps * settings.batch_size * (settings.context + rows * steps)
+    work = train.work_of(settings, thoughts)
+    return settings.steps * work.batch * work.tokens(thoughts)
 
 
 def at_equal_cost(options: dict) -> dict:
@@ -140,10 +136,15 @@ class Job(NamedTuple):
         """The file that says that it is finished."""
         return self.out / f"seed{self.seed}" / f"{self.name}.json"
 
+    def made(self) -> tuple[train.Settings, ThoughtConfig]:
+        """What it is trained with."""
+        return train.make_settings({"seed": self.seed} | EXPERIMENTS[self.name])
+
     def settings(self) -> dict:
         """Its settings, as they stand in the result."""
-        settings, thoughts = train.make_settings({"seed": self.seed} | EXPERIMENTS[self.name])
-        return json.loads(json.dumps({"settings": asdict(settings), "thoughts": asdict(thoughts)}))
+        settings, thoughts = self.made()
+        made = {"settings": asdict(settings), "thoughts": asdict(thoughts)}
+        return json.loads(json.dumps(made))  # tuples become lists, as in the file
 
     def finished(self) -> bool:
         """Whether there is a result; ValueError if it has other settings than it should."""
@@ -168,7 +169,7 @@ def perform(job: Job) -> Job:
     home = job.out / f"seed{job.seed}"
     run = home if job.name == "base" else home / job.name
     run.mkdir(parents=True, exist_ok=True)
-    settings, thoughts = train.make_settings({"seed": job.seed} | EXPERIMENTS[job.name])
+    settings, thoughts = job.made()
     if job.name == "base":
         save_byte_tokenizer(home)
         stage = train.base_stage(settings, run, device)
@@ -296,15 +297,13 @@ def run(options: argparse.Namespace) -> None:
     if not any(results.values()):
         raise ValueError(f"no results in {out}; run without --tables first, or give another --out")
     text = show_tables(results)
-    write_file(out / "tables.md", lambda file: file.write_text(text + "\n", encoding="utf-8"))
+    write_text(out / "tables.md", text + "\n")
     print(text)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("--out", required=True, metavar="FOLDER", help="folder of the experiments")
     add("--seeds", type=int, default=5, help="seeds 0, 1, ... (5)")

@@ -239,13 +239,15 @@ class Mistral(nn.Module):
     def __init__(self, config: MistralConfig):
         super().__init__()
         self.config = config
+        # Not nn.Embedding(V, D), which draws weights itself; on the meta device that alone costs
+        # seconds of imports, before every start from a checkpoint.
         table = torch.empty(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         for parameter in self.parameters():
-            if parameter.dim() > 1 and not parameter.is_meta:  # on meta: seconds of imports
+            if parameter.dim() > 1 and not parameter.is_meta:
                 nn.init.normal_(parameter, std=config.hidden_size**-0.5)
         self.tie_head()
 
@@ -300,10 +302,14 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     write_file(path, lambda temporary: save_file(tensors, temporary, {"format": "pt"}))
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def write_json(path: Path, value: dict) -> None:
     """Write a JSON object, whole or not at all."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> dict:
@@ -399,7 +405,7 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-DTYPES = {  # of weights, as safetensors names them; no quantised ones
+SAFETENSORS_DTYPES = {  # of weights, as safetensors names them; no quantised ones
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -430,15 +436,16 @@ def read_tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
             header = json.loads(stream.read(begin - 8))
             for name in names:
                 entry = header[name]
-                if entry["dtype"] not in DTYPES:
+                if entry["dtype"] not in SAFETENSORS_DTYPES:
                     raise ValueError(
-                        f"{file}: {name} is {entry['dtype']}; allowed are {', '.join(DTYPES)}"
+                        f"{file}: {name} is {entry['dtype']}; allowed are "
+                        f"{', '.join(SAFETENSORS_DTYPES)}"
                     )
                 first, end = entry["data_offsets"]
                 raw = torch.empty(end - first, dtype=torch.uint8)
                 stream.seek(begin + first)
                 stream.readinto(raw.numpy())
-                yield name, raw.view(DTYPES[entry["dtype"]]).view(entry["shape"])
+                yield name, raw.view(SAFETENSORS_DTYPES[entry["dtype"]]).view(entry["shape"])
 
 
 def hugging_face_name(name: str) -> str:
@@ -514,7 +521,8 @@ def load_mistral(
 ) -> Mistral:
     """A model from a checkpoint folder in Hugging Face's format or Mistral's own.
 
-    dtype None keeps that of the file. Every weight is allocated once, in its final place.
+    dtype None keeps that of the file. Tensors are read one at a time: there are never two copies
+    of the whole model.
     Raises ValueError for a missing or broken file, a config that asks for something else than
     this architecture, and weights that do not fit it.
     """

@@ -13,6 +13,8 @@ those updates are lost. Two remedies, both here:
 import torch
 from torch import Tensor
 
+BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # torch's, and the paper's
+
 
 def round_stochastically(target: Tensor, source: Tensor, generator: torch.Generator) -> None:
     """Write source (float32) into target (bfloat16), each number rounded to one of its neighbours.
@@ -32,9 +34,9 @@ class BFloat16AdamW(torch.optim.Optimizer):
     masters: keep float32 masters and moments; otherwise round stochastically.
     """
 
-    def __init__(self, params, masters: bool, weight_decay: float, betas=(0.9, 0.999), eps=1e-8):
+    def __init__(self, params, masters: bool, weight_decay: float):
         super().__init__(params, {"lr": 1e-3, "weight_decay": weight_decay})
-        self.masters, self.betas, self.eps, self.steps = masters, betas, eps, 0
+        self.masters = masters
 
     @torch.no_grad()
     def step(self) -> None:
@@ -54,11 +56,11 @@ class BFloat16AdamW(torch.optim.Optimizer):
             if self.masters:
                 state["master"] = parameter.float()
         state["step"] += 1
-        (beta1, beta2), gradient = self.betas, parameter.grad.float()
-        mean = state["exp_avg"].float().lerp_(gradient, 1 - beta1)
-        square = state["exp_avg_sq"].float().lerp_(gradient.square(), 1 - beta2)
-        unbias1, unbias2 = 1 - beta1 ** state["step"], 1 - beta2 ** state["step"]
-        move = mean / unbias1 / ((square / unbias2).sqrt_() + self.eps)
+        gradient = parameter.grad.float()
+        mean = state["exp_avg"].float().lerp_(gradient, 1 - BETA1)
+        square = state["exp_avg_sq"].float().lerp_(gradient.square(), 1 - BETA2)
+        unbias1, unbias2 = 1 - BETA1 ** state["step"], 1 - BETA2 ** state["step"]
+        move = mean / unbias1 / ((square / unbias2).sqrt_() + EPSILON)
         weight = state["master"] if self.masters else parameter.float()
         weight.mul_(1 - lr * weight_decay).sub_(move, alpha=lr)
         if self.masters:

@@ -124,7 +124,7 @@ def read_thoughts(
 
 
 def visible(text: str) -> str:
-    r"""The text with \x07 for what cannot be seen or would disturb: all but letters and blanks."""
+    r"""The text with \x07 and the like for what is neither printable nor a new line or tab."""
     return "".join(
         char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode()
         for char in text

@@ -7,7 +7,7 @@ import argparse
 import json
 from pathlib import Path
 
-from sample import execute
+from sample import execute, make_parser
 
 CURVES = {  # title of a panel: metrics drawn in it, with their labels
     "loss of a token (nats)": {"base_nll": "without thoughts", "talk_nll": "with thoughts"},
@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Draw the training curves of a run.")
+    parser = make_parser(__doc__)
     parser.add_argument("run", metavar="FOLDER", help="folder of the run, with its metrics.jsonl")
     parser.add_argument("--out", required=True, metavar="FILE", help="picture to write")
     execute(parser, run, arguments)

@@ -13,6 +13,7 @@ again, it continues what was stopped.
 import argparse
 import io
 import json
+import textwrap
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -22,8 +23,8 @@ from torch import Tensor
 import data
 import eval as evaluation
 import train
-from model import load_mistral, read_json, write_file, write_json
-from sample import execute, load_any, pick_device
+from model import load_mistral, read_json, write_json, write_text
+from sample import execute, load_any, make_parser, pick_device
 from thoughts import QuietStar, ThoughtConfig
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -55,7 +56,7 @@ def split_text(files: list[str]) -> tuple[list[str], list[str]]:
 def write_documents(path: Path, documents: list[str]) -> None:
     """One document a line, as train.py reads them."""
     lines = "".join(json.dumps({"text": document}) + "\n" for document in documents)
-    write_file(path, lambda file: file.write_text(lines, encoding="utf-8"))
+    write_text(path, lines)
 
 
 def begin_or_continue(path: Path, options: argparse.Namespace) -> None:
@@ -75,28 +76,34 @@ def train_or_resume(run: Path, device: list[str], options: list[str]) -> None:
 # ------------------------------------------------------------------------------------- the report
 
 
-@torch.no_grad()
-def show_thoughts(model: QuietStar, tokenizer: Tokenizer, ids: Tensor) -> list[str]:
+def show_thoughts(model: QuietStar, tokenizer: Tokenizer, ids: Tensor) -> str:
     """What is thought in the middle of each of the sequences ids [n, T], a line each.
 
     The last words of the text, the true next token, the thought, w, and log p of the true token
     without and with it.
     """
     j, lines = ids.shape[1] // 2, []
-    for tokens in ids[:, : j + 1]:
-        with evaluation.thinking_once(model):
-            output = model(tokens[None], positions=torch.tensor([j - 1]), temperature=0)
-        before, true = tokenizer.decode(tokens[-9:-1].tolist()), tokenizer.decode([int(tokens[j])])
-        thought = tokenizer.decode(output.thought_ids.flatten().tolist())
-        without, with_thought = -output.base_nll[0, j - 1].item(), -output.talk_nll.item()
+    prediction = model.think_at(ids[:, :j], torch.tensor([j - 1]))
+    for row, tokens in enumerate(ids.tolist()):
+        without, with_thought = (
+            torch.log_softmax(logits[row, 0], dim=-1)[tokens[j]].item()
+            for logits in (prediction.base_logits, prediction.logits)
+        )
+        thought = tokenizer.spell(prediction.thought_ids[row, 0].tolist())
         lines.append(
-            f"{before!r} -> {true!r}  thought {thought!r}  w {output.weight.item():.3f}  "
+            f"{tokenizer.spell(tokens[j - 8 : j])!r} -> {tokenizer.spell([tokens[j]])!r}  "
+            f"thought {thought!r}  w {prediction.weight[row, 0].item():.3f}  "
             f"log p {without:.3f} -> {with_thought:.3f} ({with_thought - without:+.3f})"
         )
-    return lines
+    return "\n".join(lines)
 
 
-def text_report(checkpoint: str, out: Path, count: int, device: torch.device) -> list[str]:
+def section(title: str, text: str) -> str:
+    """A title, and a text as a Markdown block under it."""
+    return f"{title}\n\n{textwrap.indent(text, '    ')}\n\n"
+
+
+def text_report(checkpoint: str, out: Path, count: int, device: torch.device) -> str:
     """Losses on `count` held-out sequences before and after, by difficulty, and the thoughts."""
     tokenizer = load_tokenizer(Path(checkpoint))
     context = read_json(out / "thoughts" / "settings.json")["settings"]["context"]
@@ -118,42 +125,42 @@ def text_report(checkpoint: str, out: Path, count: int, device: torch.device) ->
         "Quiet-STaR, no thoughts": without,
         "Quiet-STaR, greedy thoughts": with_thought,
     }
-    return [
-        f"Held-out text, {len(plain)} tokens; loss in nats a token:",
-        "",
-        *(f"    {name:30}{loss.mean():8.4f}" for name, loss in losses.items()),
-        "",
-        "By difficulty, without and with thoughts:",
-        "",
-        *(f"    {line}" for line in evaluation.show_text(without, with_thought).split("\n")),
-        "",
-        "By difficulty, the control and Quiet-STaR with thoughts:",
-        "",
-        *(f"    {line}" for line in evaluation.show_text(control, with_thought).split("\n")),
-        "",
-        f"Thoughts in the middle of {min(count, THOUGHTS)} of the sequences, as they came:",
-        "",
-        *(f"    {line}" for line in show_thoughts(model, tokenizer, ids[:THOUGHTS])),
-    ]
+    shown = ids[: min(count, THOUGHTS)]
+    return (
+        section(
+            f"Held-out text, {len(plain)} tokens; loss in nats a token:",
+            "\n".join(f"{name:30}{loss.mean():8.4f}" for name, loss in losses.items()),
+        )
+        + section(
+            "By difficulty, without and with thoughts:", evaluation.show_text(without, with_thought)
+        )
+        + section(
+            "By difficulty, the control and Quiet-STaR with thoughts:",
+            evaluation.show_text(control, with_thought),
+        )
+        + section(
+            f"Thoughts in the middle of {len(shown)} of the sequences, as they came:",
+            show_thoughts(model, tokenizer, shown),
+        )
+    )
 
 
-def task_report(name: str, file: str, checkpoint: str, out: Path, options: list[str]) -> list[str]:
+def task_report(name: str, file: str, checkpoint: str, out: Path, options: list[str]) -> str:
     """What eval.py says of a task, for the model before, the control, and Quiet-STaR."""
     folders = {
         "before": checkpoint,
         "trained on without thoughts": str(out / "none" / "quiet_star"),
         "Quiet-STaR": str(out / "thoughts" / "quiet_star"),
     }
-    lines = []
+    text = ""
     for label, folder in folders.items():
         results = str(out / name / label.split()[0])
         with redirect_stdout(io.StringIO()) as said:
             evaluation.main(
                 ["--model", folder, "--task", name, "--data", file, "--out", results, *options]
             )
-        lines += ["", f"{name}, {label}:", ""]
-        lines += [f"    {line}" for line in said.getvalue().splitlines()]
-    return lines
+        text += section(f"{name}, {label}:", said.getvalue().strip())
+    return text
 
 
 # -------------------------------------------------------------------------------- the command line
@@ -176,22 +183,19 @@ def run(options: argparse.Namespace) -> None:
     source = ["--checkpoint", options.checkpoint, "--data", str(out / "train.jsonl")]
     train_or_resume(out / "thoughts", device, [*source, *options.training])
     train_or_resume(out / "none", device, [*source, *options.training, "--thoughts", "none"])
-    lines = text_report(options.checkpoint, out, options.sequences, pick_device(options.device))
+    text = text_report(options.checkpoint, out, options.sequences, pick_device(options.device))
     limit = ["--limit", str(options.limit)] if options.limit else []
     for task in ("gsm8k", "csqa"):
         file = getattr(options, task)
         if file:
-            lines += task_report(task, file, options.checkpoint, out, [*device, *limit])
-    text = "\n".join(lines) + "\n"
-    write_file(out / "report.md", lambda path: path.write_text(text, encoding="utf-8"))
+            text += task_report(task, file, options.checkpoint, out, [*device, *limit])
+    write_text(out / "report.md", text)
     print(text, end="")
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="FOLDER", help="a pretrained model")
     add("--data", required=True, nargs="+", metavar="FILE", help="text to train on and hold out")

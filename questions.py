@@ -33,8 +33,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model import Mistral, write_file, write_json
-from sample import generate_steps
+from model import Mistral, write_json, write_text
+from sample import generate_steps, show_status
 from thoughts import QuietStar, check_settings
 from tokenizer import Tokenizer
 
@@ -379,7 +379,7 @@ def answer_all(
     """Append the results of the questions that have none yet to a file, each at once."""
     done = read_results(path, header)
     text = "".join(json.dumps(line) + "\n" for line in [header, *done.values()])
-    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(path, text)
     missing = [question for question in questions if question.line not in done]
     began = time.perf_counter()
     with path.open("a", encoding="utf-8") as file:
@@ -388,16 +388,9 @@ def answer_all(
             file.write(json.dumps(record | {"answers": answer(question)}) + "\n")
             file.flush()
             left = (time.perf_counter() - began) / count * (len(missing) - count)
-            show_progress(len(done) + count, len(questions), left)
-
-
-def show_progress(done: int, total: int, left: float) -> None:
-    """Renew the status line on standard error, or every tenth of the work print one."""
-    line = f"{done} of {total} questions  {left:.0f} s left"
-    if sys.stderr.isatty():
-        print(f"\r{line:<60}", end="\n" if done == total else "", file=sys.stderr, flush=True)
-    elif done % max(total // 10, 1) == 0 or done == total:
-        print(line, file=sys.stderr, flush=True)
+            answered, total = len(done) + count, len(questions)
+            line = f"{answered} of {total} questions  {left:.0f} s left"
+            show_status(line, answered, total, sys.stderr)
 
 
 def summarise(header: dict, results: list[dict]) -> dict:

@@ -14,13 +14,13 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import torch
 from torch import Tensor
 
 import data
-from model import Cache, Mistral, load_mistral, read_config, write_file
+from model import Cache, Mistral, load_mistral, read_config, write_text
 from page import STRONG, level, read_thoughts, render
 from thoughts import Prediction, QuietStar, load_quiet_star, sample_tokens, thinks
 from tokenizer import Tokenizer, load_tokenizer
@@ -183,6 +183,21 @@ def show_thought(step: Step, row: int, tokenizer: Tokenizer) -> str:
     )
 
 
+def show_status(line: str, done: int, total: int, file: TextIO) -> None:
+    """Renew the status line of long work; where it is no terminal, print one every tenth of it."""
+    if file.isatty():
+        print(f"\r{line:<100}", end="\n" if done == total else "", file=file, flush=True)
+    elif done % max(total // 10, 1) == 0 or done == total:
+        print(line, file=file, flush=True)
+
+
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser whose --help begins with the description as it stands."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
 def execute(
     parser: argparse.ArgumentParser,
     run: Callable[[argparse.Namespace], None],
@@ -245,11 +260,10 @@ def write_page(model: QuietStar, tokenizer: Tokenizer, options: argparse.Namespa
     text = data.tokenize(data.read_documents([options.text]), tokenizer)
     text = data.Tokens(*(x.to(next(model.parameters()).device) for x in (text.ids, text.is_target)))
     generator = torch.Generator().manual_seed(options.seed)
-    records = []
+    records, count = [], len(text.ids)
     for record in read_thoughts(model, tokenizer, text, options.context, generator):
         records.append(record)
-        if sys.stderr.isatty():
-            print(f"\r{len(records)} of {len(text.ids)} tokens", end="", file=sys.stderr)
+        show_status(f"{len(records)} of {count} tokens", len(records), count, sys.stderr)
     config = model.config
     note = (
         f"{config.n_thoughts} thoughts of {config.thought_length} tokens after every token, "
@@ -257,7 +271,7 @@ def write_page(model: QuietStar, tokenizer: Tokenizer, options: argparse.Namespa
         f"{options.context} tokens, each on its own."
     )
     page = render(records, f"Thoughts of {options.model} on {options.text}", note, config)
-    write_file(Path(options.html), lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    write_text(Path(options.html), page)
 
 
 def continue_prompt(
@@ -276,9 +290,10 @@ def continue_prompt(
         torch.Generator().manual_seed(options.seed),
     )
     finished = torch.zeros(options.samples, dtype=torch.bool, device=device)
+    eos_id = -1 if tokenizer.eos_id is None else tokenizer.eos_id
     written: list[list[int]] = [[] for _ in range(options.samples)]
     for step in steps:
-        finished |= step.token == (-1 if tokenizer.eos_id is None else tokenizer.eos_id)
+        finished |= (step.token == eos_id) | (step.token >= tokenizer.vocab_size)  # no token
         if finished.all():
             break
         for row in (~finished).nonzero().flatten().tolist():
@@ -291,9 +306,7 @@ def continue_prompt(
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.set_defaults(**OF_PROMPT, **OF_TEXT)
     add = parser.add_argument
     add("--model", required=True, metavar="FOLDER", help="checkpoint folder, plain or thinking")

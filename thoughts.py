@@ -15,6 +15,8 @@ Letters of the shape comments, beside those of model.py (the paper's name in bra
     A    true tokens ahead that a thought is scored on [n_true]
     J    positions that think: all that have A targets, or any subset
     P    J * N thoughts of a sequence as rows, the N of a position next to each other
+    R    B * Hkv, heads of keys in the whole batch; G = H / Hkv queries share one
+    S    K + A + 1 steps of a thought, s of them so far
 
 Positions are 0-based here: position j has read ids[:, : j + 1] and predicts ids[:, j + 1].
 "nll" is a negative log-likelihood in nats, "logp" a log-probability in nats.
@@ -161,7 +163,7 @@ def attention_blocks(
 ) -> list[Block]:
     """Cut the J positions into blocks of `size`, with the keys that any step of them may see.
 
-    On average half of the text lies behind a position, where its thoughts may not look: whole
+    On average half of the text comes after a position, and its thoughts must not see it: whole
     blocks of it need not be multiplied at all. (Positions in rising order profit; any are right.)
     The oldest key in a window is that of the first step, whose rotary position is j + 1.
     """
@@ -182,8 +184,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tenso
     """Attention of q [R, G, p, Dh] over keys k and values v [R, t, Dh] with bias [p, t].
 
     Returns what is attended to, like q, and lse [R, G, p], the logarithm of the softmax'
-    denominator: with it, attention over more keys can be put together from parts. On the CPU by
-    PyTorch's fused kernel, which does not write the scores to memory.
+    denominator: with it, attention over more keys can be put together from parts. PyTorch's public
+    fused attention does not return it; its kernel for the CPU does, and never writes the scores to
+    memory. Elsewhere the last three lines do the same.
     """
     k, v = (x[:, None].expand(-1, q.shape[1], -1, -1) for x in (k, v))  # the same for all G
     if q.device.type in FUSED:
@@ -249,9 +252,10 @@ class _ThoughtAttention(torch.autograd.Function):
         own_k, own_v = own[:, :, :, slots]  # [R, P, s, Dh]
         scores = own_scores(q, own_k)  # [R, P, s, G]
         lse = torch.logaddexp(text_lse, scores.logsumexp(2).mT)  # [R, G, P]
-        p = torch.exp(scores - lse.mT[:, :, None]).to(q.dtype)
+        p = torch.exp(scores - lse.mT[:, :, None]).to(q.dtype)  # of the softmax over both parts
         out.mul_(torch.exp(text_lse - lse)[..., None]).add_((p.mT @ own_v).transpose(1, 2))
         ctx.save_for_backward(q, text_k, text_v, bias, out, lse)
+        # Not saved for backward: later steps write other slots, which its version check refuses.
         ctx.own, ctx.slots, ctx.blocks = own.detach(), slots, blocks
         return out, own
 
@@ -260,9 +264,9 @@ class _ThoughtAttention(torch.autograd.Function):
         q, text_k, text_v, bias, out, lse = ctx.saved_tensors
         d_q, d_text_k, d_text_v = map(torch.zeros_like, (q, text_k, text_v))
         for rows, keys in ctx.blocks:
-            d_o, x, o, past = (y[:, :, rows] for y in (d_out, q, out, lse))
+            d_o, x, o, denominator = (y[:, :, rows] for y in (d_out, q, out, lse))
             d_q[:, :, rows], d_k, d_v = attend_backward(
-                d_o, x, text_k[:, keys], text_v[:, keys], o, past, bias[rows, keys]
+                d_o, x, text_k[:, keys], text_v[:, keys], o, denominator, bias[rows, keys]
             )
             d_text_k[:, keys] += d_k
             d_text_v[:, keys] += d_v
@@ -274,7 +278,7 @@ class _ThoughtAttention(torch.autograd.Function):
         d_q += (d_scores.mT @ own_k).transpose(1, 2)
         d_own[0, :, :, ctx.slots] += d_scores @ q.transpose(1, 2)
         d_own[1, :, :, ctx.slots] += p @ d_out.transpose(1, 2)
-        d_k, d_v = d_own[:, :, :, ctx.slots.stop - 1]
+        d_k, d_v = d_own[:, :, :, ctx.slots.stop - 1]  # complete; no step before reads this slot
         return d_q, d_k, d_v, d_text_k, d_text_v, d_own, None, None, None, None
 
 
@@ -297,8 +301,8 @@ def thought_attention(
     not. blocks: see attention_blocks.
 
     Paper: section 4.2 and Figure 3. Ours: the text's keys are multiplied once for all thoughts and
-    nobody's keys are copied, so a step costs T + s keys a row, where the masked matrix of the paper
-    has T * (s + 1).
+    nobody's keys are copied, so a step costs at most T + s keys a row, where the masked matrix of
+    the paper has T * (s + 1).
     """
     heads = k.shape[:2]
     grouped = q.unflatten(1, (heads[1], -1)).flatten(0, 1)  # [R, G, P, Dh]
@@ -412,7 +416,8 @@ def reward(talk_nll: Tensor, base_nll: Tensor, positions: Tensor, valid: Tensor)
     talk_nll [A, B, N, J], base_nll [B, T-1], positions [J], valid [A, B, J] as in Output.
     Paper: section 4.4. R_j = sum_a log p_talk(x_{j+1+a}), minus its mean over the N thoughts of
     the position. A thought without siblings (N = 1) is compared with the base model's sum instead.
-    0 where a target is missing. A constant: no gradient.
+    0 where a target is missing. A constant: no gradient. (The *metric* called reward compares with
+    the base model for any N.)
     """
     total = -talk_nll.detach().sum(0)  # [B, N, J] R_j
     if total.shape[1] > 1:
@@ -505,7 +510,7 @@ class QuietStar(nn.Module):
     """A Mistral that thinks. At initialisation it predicts exactly what the Mistral does.
 
     checkpointing: keep only the layers' inputs and what attention needs of every step, and compute
-    the rest again in the backward pass: a third of the memory for a quarter more time.
+    the rest again in the backward pass: a fraction of the memory for some more time (README).
     """
 
     def __init__(self, model: Mistral, config: ThoughtConfig, checkpointing: bool = False):
@@ -546,7 +551,7 @@ class QuietStar(nn.Module):
         """Embeddings [..., D] of a thought's tokens ids [...]: ordinary ones, start or end."""
         stored = torch.stack([self.start_embedding, self.end_embedding])
         start, end = self.meta_embedding(stored)
-        x = self.model.embed_tokens(ids.clamp(max=self.model.config.vocab_size - 1))
+        x = self.model.embed_tokens(ids.clamp(max=self.model.config.vocab_size - 1))  # V, V + 1 too
         x = torch.where((ids == self.start_id)[..., None], start, x)
         return torch.where((ids == self.end_id)[..., None], end, x)
 
@@ -572,8 +577,8 @@ class QuietStar(nn.Module):
         window, T = self.model.config.sliding_window, space.text[0][0].shape[2]
         N = self.config.n_thoughts
         visible = text_visible(space.positions, step, T, window)  # [J, T]
-        never = torch.finfo(x.dtype).min  # not -inf: a row may see no text at all
-        bias = torch.zeros_like(visible, dtype=x.dtype).masked_fill_(~visible, never)
+        lowest = torch.finfo(x.dtype).min  # not -inf: a row may see no text at all
+        bias = torch.zeros_like(visible, dtype=x.dtype).masked_fill_(~visible, lowest)
         bias = bias.repeat_interleave(N, dim=0)  # [P, T]
         rotary = self.model.rotary((space.positions + step).repeat_interleave(N))
         for index, layer in enumerate(self.model.layers):
@@ -676,10 +681,10 @@ class QuietStar(nn.Module):
         A forced meta token has probability 0; NEVER stands for its log.
         """
         tau = self.config.reinforce_temperature
-        never = (token == self.start_id) | (token == self.end_id)
-        token = token.masked_fill(never, 0)  # whatever is in the vocabulary
+        is_meta = (token == self.start_id) | (token == self.end_id)
+        token = token.masked_fill(is_meta, 0)  # whatever is in the vocabulary
         logp = token_logp(h, head, token, self.excluded, tau, logits)
-        return torch.where(never, NEVER, logp)
+        return torch.where(is_meta, NEVER, logp)
 
     def _talk(self, space, ids, h_init):
         """Predict A true tokens after every thought: nll and mixing weight [A, B, P].

@@ -44,11 +44,11 @@ from model import (
     read_config,
     read_json,
     save_mistral,
-    write_file,
     write_json,
+    write_text,
 )
 from optim import BFloat16AdamW
-from sample import check_belongs, execute, pick_device
+from sample import check_belongs, execute, make_parser, pick_device, show_status
 from thoughts import (
     QuietStar,
     ThoughtConfig,
@@ -275,10 +275,7 @@ def log(path: Path, stage: Stage, step: int, metrics: dict[str, float], left: fl
         f"{metrics['tokens_per_second']:.0f} tokens/s  "
         f"{100 * metrics['utilisation']:.0f} % of peak  {left:.0f} s left"
     )
-    if sys.stdout.isatty():
-        print(f"\r{line:<100}", end="\n" if step == stage.steps else "", flush=True)
-    elif step % max(stage.steps // 10, 1) == 0 or step == stage.steps:
-        print(line, flush=True)
+    show_status(line, step, stage.steps, sys.stdout)
 
 
 def trim_metrics(path: Path, stage: str, step: int) -> None:
@@ -289,7 +286,7 @@ def trim_metrics(path: Path, stage: str, step: int) -> None:
     lines = [json.loads(line) for line in whole.splitlines()]
     kept = [line for line in lines if line["stage"] != stage or line["step"] <= step]
     text = "".join(json.dumps(line) + "\n" for line in kept)
-    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(path, text)
 
 
 def save_checkpoint(stage: Stage, step: int, generator: torch.Generator, folder: Path) -> None:
@@ -339,9 +336,9 @@ def constant_after(warmup: int) -> Callable[[int], float]:
     return lambda step: min(1.0, (step + 1) / max(warmup, 1))
 
 
-def cosine(steps: int, warmup: int = 50) -> Callable[[int], float]:
-    """Rises for `warmup` steps and falls to 0 at `steps` along a cosine."""
-    return lambda step: min(1.0, (step + 1) / warmup) * (1 + math.cos(math.pi * step / steps)) / 2
+def cosine(steps: int) -> Callable[[int], float]:
+    """Rises for 50 steps and falls to 0 at `steps` along a cosine."""
+    return lambda step: min(1.0, (step + 1) / 50) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 def checkpoint_of(folder: Path) -> Path | None:
@@ -599,9 +596,7 @@ def add_settings(parser: argparse.ArgumentParser, settings: type, embedded: dict
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("--out", metavar="FOLDER", help="folder of the run; none: runs/1, runs/2, ...")
     add("--resume", action="store_true", help="continue the run in --out")

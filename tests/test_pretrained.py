@@ -35,8 +35,8 @@ def test_the_last_tenth_is_held_out(files):
 def test_thoughts_equal_thinking_slowly(files, tmp_path):
     """At token 5 of 10: the thought after 5 tokens, and log p of the sixth."""
     model, ids = tiny_quiet_star(V=258), random_ids(2, 10, V=258)
-    lines = pretrained.show_thoughts(model, load_tokenizer(tmp_path / "model"), ids)
-    for line, text in zip(lines, ids, strict=True):
+    shown = pretrained.show_thoughts(model, load_tokenizer(tmp_path / "model"), ids)
+    for line, text in zip(shown.splitlines(), ids, strict=True):
         slow = think_slowly(model, text[:6], 4, None)
         plain = torch.log_softmax(model.model(text[None])[0, 4], -1)[text[5]]
         end = f"w {slow['weight'][0]:.3f}  log p {plain:.3f} -> {-slow['nll'][0]:.3f} "
