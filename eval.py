@@ -26,7 +26,15 @@ from torch import Tensor
 import data
 import questions
 from model import Cache, Mistral
-from sample import execute, generate, load_any, make_parser, pick_device, show_status
+from sample import (
+    DTYPES,
+    execute,
+    generate,
+    load_any,
+    make_parser,
+    pick_device,
+    show_status,
+)
 from thoughts import Prediction, QuietStar, thinking_once
 from tokenizer import Tokenizer
 
@@ -166,18 +174,24 @@ def text_nll(
     return torch.cat(base), torch.cat(talk)
 
 
-def show_text(base: Tensor, talk: Tensor, bins: int = 5) -> str:
-    """Perplexities, and the gain by difficulty: targets in equal bins by their loss without."""
+def show_text(base: Tensor, talk: Tensor, by: Tensor | None = None, bins: int = 5) -> str:
+    """Perplexities, and the gain by difficulty: targets in equal bins by their loss.
+
+    base, talk, by: nll [targets] in nats, without, with, and the loss that says how hard a target
+    is (none: base). Two models are compared by a third one's: bins of one's own loss would show its
+    luck as the other's gain.
+    """
+    difficulty = base if by is None else by
     lines = [
         f"{len(base)} tokens; perplexity {math.exp(base.mean()):.3f} without thoughts, "
         f"{math.exp(talk.mean()):.3f} with",
-        "loss without (nats)    tokens     with     gain",
+        "difficulty (nats)      tokens  without     with     gain",
     ]
-    for part in base.argsort().chunk(bins):
-        easy, hard = base[part[0]], base[part[-1]]
+    for part in difficulty.argsort().chunk(bins):
+        easy, hard = difficulty[part[0]], difficulty[part[-1]]
         without, with_thought = base[part].mean(), talk[part].mean()
         lines.append(
-            f"{easy:6.3f} .. {hard:6.3f}   {len(part):9d}  {with_thought:7.4f}  "
+            f"{easy:6.3f} .. {hard:6.3f}   {len(part):9d}  {without:7.4f}  {with_thought:7.4f}  "
             f"{without - with_thought:+7.4f}"
         )
     return "\n".join(lines)
@@ -187,12 +201,14 @@ def show_text(base: Tensor, talk: Tensor, bins: int = 5) -> str:
 
 # Options that mean nothing without another one; None where they are not given.
 TASK_OPTIONS = ("data", "out", "limit", "seed", "shard", "skip_malformed", "chain_of_thought")
+TEXT_OPTIONS = ("context", "max_tokens")
 CHAIN_OPTIONS = ("samples", "temperature", "max_new_tokens")
 
 
 def check_together(options: argparse.Namespace) -> None:
     """ValueError for an option that would be ignored, or --task without what it needs."""
-    for needed, names in (("task", TASK_OPTIONS), ("chain_of_thought", CHAIN_OPTIONS)):
+    needs = {"text": TEXT_OPTIONS, "task": TASK_OPTIONS, "chain_of_thought": CHAIN_OPTIONS}
+    for needed, names in needs.items():
         for name in names:
             if getattr(options, name) is not None and getattr(options, needed) is None:
                 name, needed = (x.replace("_", "-") for x in (name, needed))
@@ -201,6 +217,12 @@ def check_together(options: argparse.Namespace) -> None:
         raise ValueError("--task needs --data FILE and --out FOLDER")
     if options.task is not None and options.text is not None:
         raise ValueError("--task and --text are two evaluations; give one of them")
+
+
+def load_model(options: argparse.Namespace) -> tuple[Mistral | QuietStar, Tokenizer]:
+    """The model that is asked for."""
+    dtype = DTYPES[options.dtype] if options.dtype else None
+    return load_any(options.model, pick_device(options.device), dtype)
 
 
 def run_task(options: argparse.Namespace) -> None:
@@ -215,11 +237,12 @@ def run_task(options: argparse.Namespace) -> None:
     shard = re.fullmatch(r"(\d+)/(\d+)", options.shard or "1/1")
     if shard is None:
         raise ValueError(f"--shard is {options.shard!r}; it must be i/n, such as 1/4")
-    model, tokenizer = load_any(options.model, pick_device(options.device))
+    model, tokenizer = load_model(options)
     answer = questions.answerer(model, tokenizer, settings)
     i, n = map(int, shard.groups())
     data_file, out = Path(options.data), Path(options.out)
-    summary = questions.evaluate(answer, options.model, data_file, out, settings, (i, n))
+    about = {"model": options.model, "weights": questions.fingerprint(model)}
+    summary = questions.evaluate(answer, about, data_file, out, settings, (i, n))
     if summary:
         print(questions.show_summary(summary))
     else:
@@ -232,18 +255,19 @@ def run(options: argparse.Namespace) -> None:
     if options.task is not None:
         run_task(options)
         return
-    model, tokenizer = load_any(options.model, pick_device(options.device))
+    model, tokenizer = load_model(options)
     if options.text is None:
         print(show_puzzles({"model": puzzle_table(model, tokenizer)}))
         return
     if not isinstance(model, QuietStar):
         raise ValueError(f"{options.model} is a plain model; --text compares with thoughts")
-    if options.context < 2 or (options.max_tokens is not None and options.max_tokens < 2):
+    context = 256 if options.context is None else options.context
+    if context < 2 or (options.max_tokens is not None and options.max_tokens < 2):
         raise ValueError("--context and --max-tokens must be at least 2")
     tokens = data.tokenize(data.read_documents([options.text]), tokenizer)
     device = next(model.parameters()).device
     ids, is_target = (x[: options.max_tokens].to(device) for x in (tokens.ids, tokens.is_target))
-    print(show_text(*text_nll(model, ids, is_target, options.context)))
+    print(show_text(*text_nll(model, ids, is_target, context)))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -252,7 +276,7 @@ def main(arguments: list[str] | None = None) -> None:
     add, flag = parser.add_argument, partial(parser.add_argument, action="store_true", default=None)
     add("--model", required=True, metavar="FOLDER", help="checkpoint folder")
     add("--text", metavar="FILE", help="text or .jsonl file; none: the embedded corpus' puzzles")
-    add("--context", type=int, default=256, help="tokens in a sequence (256)")
+    add("--context", type=int, help="tokens of the text in a sequence (256)")
     add("--max-tokens", type=int, help="tokens of the text to read; none: all")
     add("--task", choices=questions.PARSERS, help="questions to answer, with and without thoughts")
     add("--data", metavar="FILE", help="the task's questions: JSON lines of its data set")
@@ -266,6 +290,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--temperature", type=float, help="of sampling them; 0 is greedy (0.7)")
     add("--max-new-tokens", type=int, help="of one of them, at most (384)")
     add("--device", help="cpu, cuda, mps; none: the best there is")
+    add("--dtype", choices=DTYPES, help="of the computation; none: the file's, float32 on a CPU")
     execute(parser, run, arguments)
 
 

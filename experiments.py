@@ -151,9 +151,18 @@ class Job(NamedTuple):
         if not self.result().exists():
             return False
         found = read_json(self.result())
-        if any(found.get(name) != value for name, value in self.settings().items()):
+        given = {name: found.get(name) for name in ("settings", "thoughts")}
+        if given != self.settings() or "table" not in found:
             raise ValueError(f"{self.result()} is of other settings; delete it, or change --out")
         return True
+
+    def begin(self, run: Path) -> None:
+        """Note the settings in a run's folder; ValueError if it was begun with others."""
+        note = run / "job.json"
+        if note.exists() and read_json(note) != self.settings():
+            raise ValueError(f"{run} was begun with other settings; delete it, or change --out")
+        run.mkdir(parents=True, exist_ok=True)
+        write_json(note, self.settings())
 
     def tokens(self) -> int:
         """What it costs."""
@@ -168,7 +177,7 @@ def perform(job: Job) -> Job:
     began, device = time.perf_counter(), torch.device("cpu")
     home = job.out / f"seed{job.seed}"
     run = home if job.name == "base" else home / job.name
-    run.mkdir(parents=True, exist_ok=True)
+    job.begin(run)
     settings, thoughts = job.made()
     if job.name == "base":
         save_byte_tokenizer(home)
@@ -290,10 +299,11 @@ def run(options: argparse.Namespace) -> None:
         perform_all(
             [Job(out, n, seed) for seed in range(options.seeds) for n in names], options.workers
         )
-    results = {
-        name: [read_json(file) for file in sorted(out.glob(f"seed*/{name}.json"))]
-        for name in EXPERIMENTS
-    }
+    seeds = sorted(int(folder.name[4:]) for folder in out.glob("seed[0-9]*"))
+    results = {name: [] for name in EXPERIMENTS}
+    for name in EXPERIMENTS:
+        jobs = [Job(out, name, seed) for seed in seeds]
+        results[name] = [read_json(job.result()) for job in jobs if job.finished()]
     if not any(results.values()):
         raise ValueError(f"no results in {out}; run without --tables first, or give another --out")
     text = show_tables(results)

@@ -502,7 +502,8 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], where: Path) -> 
     try:
         module.load_state_dict(weights, strict=True, assign=True)
     except RuntimeError as error:
-        raise ValueError(f"{where} does not fit its config: {error}") from None
+        problems = [line.strip() for line in str(error).splitlines()[1:]]
+        raise ValueError(f"{where} does not fit its config: {' '.join(problems)}") from None
 
 
 def build_mistral(config: MistralConfig, weights: dict[str, Tensor], where: Path) -> Mistral:

@@ -33,12 +33,14 @@ def read_metrics(run: Path) -> dict[str, list[float]]:
     for number, line in enumerate(whole.splitlines(), 1):
         try:
             row = json.loads(line)
+            if row["stage"] == "quiet_star" and "talk_nll" not in row:
+                raise ValueError("a run of --thoughts none has no thoughts to draw")
             if row["stage"] == "quiet_star":
                 for name in names:
                     metrics[name].append(float(row[name]))
         except (ValueError, KeyError, TypeError) as error:
-            reason = f"{type(error).__name__} {error}"
-            raise ValueError(f"{path}, line {number} is no line of metrics: {reason}") from None
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{path}, line {number} cannot be drawn: {reason}") from None
     if not metrics["step"]:
         raise ValueError(f"{path} has no step of Quiet-STaR yet")
     return metrics

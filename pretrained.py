@@ -24,7 +24,7 @@ import data
 import eval as evaluation
 import train
 from model import load_mistral, read_json, write_json, write_text
-from sample import execute, load_any, make_parser, pick_device
+from sample import DTYPES, execute, load_any, make_parser, pick_device
 from thoughts import QuietStar, ThoughtConfig
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -59,18 +59,36 @@ def write_documents(path: Path, documents: list[str]) -> None:
     write_text(path, lines)
 
 
-def begin_or_continue(path: Path, options: argparse.Namespace) -> None:
-    """Note what is trained on and how; ValueError if it was begun otherwise."""
-    given = {name: getattr(options, name) for name in ("checkpoint", "data", "training")}
+def check_begun(path: Path, given: dict) -> None:
+    """ValueError if the comparison was begun with other settings than those given."""
     if path.exists() and read_json(path) != given:
         raise ValueError(f"{path} has other settings: {read_json(path)}; give another --out")
-    write_json(path, given)
 
 
-def train_or_resume(run: Path, device: list[str], options: list[str]) -> None:
-    """python train.py, from where it was stopped if it was."""
-    begun = (run / "settings.json").exists()
-    train.main(["--out", str(run), *device, *(["--resume"] if begun else options)])
+def training_arguments(out: Path, options: argparse.Namespace) -> dict[str, list[str]]:
+    """What train.py is called with for Quiet-STaR and for the control, begun or to be continued.
+
+    ValueError for options that it refuses, or that belong to this script.
+    """
+    own = ("--out", "--resume", "--checkpoint", "--data", "--thoughts", "--device")
+    for option in options.training:
+        if option.partition("=")[0] in own:
+            raise ValueError(f"{option} behind -- is set by this script; leave it out")
+    source = ["--checkpoint", options.checkpoint, "--data", str(out / "train.jsonl")]
+    control = ["--thoughts", "none", "--policy-weight", "0"]
+    calls = {}
+    for name, more in (("thoughts", []), ("none", control)):
+        begun = (out / name / "settings.json").exists()
+        call = ["--resume"] if begun else [*source, *options.training, *more]
+        calls[name] = ["--out", str(out / name), *call]
+    return calls
+
+
+def training_settings(arguments: list[str]) -> train.Settings:
+    """What train.py makes of its arguments; ValueError for what it refuses."""
+    given = vars(train.command_line().parse_args(arguments))
+    given.pop("device")
+    return train.start_run(given)[0]
 
 
 # ------------------------------------------------------------------------------------- the report
@@ -91,7 +109,7 @@ def show_thoughts(model: QuietStar, tokenizer: Tokenizer, ids: Tensor) -> str:
         )
         thought = tokenizer.spell(prediction.thought_ids[row, 0].tolist())
         lines.append(
-            f"{tokenizer.spell(tokens[j - 8 : j])!r} -> {tokenizer.spell([tokens[j]])!r}  "
+            f"{tokenizer.spell(tokens[max(j - 8, 0) : j])!r} -> {tokenizer.spell([tokens[j]])!r}  "
             f"thought {thought!r}  w {prediction.weight[row, 0].item():.3f}  "
             f"log p {without:.3f} -> {with_thought:.3f} ({with_thought - without:+.3f})"
         )
@@ -103,10 +121,12 @@ def section(title: str, text: str) -> str:
     return f"{title}\n\n{textwrap.indent(text, '    ')}\n\n"
 
 
-def text_report(checkpoint: str, out: Path, count: int, device: torch.device) -> str:
+def text_report(
+    checkpoint: str, out: Path, count: int, device: torch.device, settings: train.Settings
+) -> str:
     """Losses on `count` held-out sequences before and after, by difficulty, and the thoughts."""
     tokenizer = load_tokenizer(Path(checkpoint))
-    context = read_json(out / "thoughts" / "settings.json")["settings"]["context"]
+    context, dtype = settings.context, DTYPES[settings.dtype]  # the same for all that is compared
     tokens = data.tokenize(data.read_documents([out / "held_out.jsonl"]), tokenizer)
     count = min(count, len(tokens.ids) // context)
     ids, mask = tokens.batch(0, count, context, 0, device)  # [n, T], drawn from all of them
@@ -114,10 +134,10 @@ def text_report(checkpoint: str, out: Path, count: int, device: torch.device) ->
     def nll(model: QuietStar) -> tuple[Tensor, Tensor]:
         return evaluation.text_nll(model, ids.flatten(), mask.flatten(), context)
 
-    base = load_mistral(checkpoint, torch.float32, device)
+    base = load_mistral(checkpoint, dtype, device)
     plain, _ = nll(QuietStar(base, ThoughtConfig(n_thoughts=1, thought_length=0)))
-    control, _ = nll(load_any(out / "none" / "quiet_star", device)[0])
-    model, _ = load_any(out / "thoughts" / "quiet_star", device)
+    control, _ = nll(load_any(out / "none" / "quiet_star", device, dtype)[0])
+    model, _ = load_any(out / "thoughts" / "quiet_star", device, dtype)
     without, with_thought = nll(model)
     losses = {
         "before": plain,
@@ -132,11 +152,12 @@ def text_report(checkpoint: str, out: Path, count: int, device: torch.device) ->
             "\n".join(f"{name:30}{loss.mean():8.4f}" for name, loss in losses.items()),
         )
         + section(
-            "By difficulty, without and with thoughts:", evaluation.show_text(without, with_thought)
+            "By the loss before training, Quiet-STaR without and with thoughts:",
+            evaluation.show_text(without, with_thought, by=plain),
         )
         + section(
-            "By difficulty, the control and Quiet-STaR with thoughts:",
-            evaluation.show_text(control, with_thought),
+            "By the loss before training, the control and Quiet-STaR with thoughts:",
+            evaluation.show_text(control, with_thought, by=plain),
         )
         + section(
             f"Thoughts in the middle of {len(shown)} of the sequences, as they came:",
@@ -169,26 +190,33 @@ def task_report(name: str, file: str, checkpoint: str, out: Path, options: list[
 def run(options: argparse.Namespace) -> None:
     """Split, train twice, compare."""
     out = Path(options.out)
-    if options.sequences < 1:
-        raise ValueError(f"--sequences is {options.sequences}; it must be at least 1")
+    for name in ("sequences", "limit"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise ValueError(f"--{name} is {getattr(options, name)}; it must be at least 1")
     for file in filter(None, (options.gsm8k, options.csqa)):
         if not Path(file).is_file():
             raise ValueError(f"there is no file {file}")
+    given = {name: getattr(options, name) for name in ("checkpoint", "data", "training")}
+    check_begun(out / "comparison.json", given)
     known, held_out = split_text(options.data)
+    calls = training_arguments(out, options)
+    settings, _ = (training_settings(call) for call in calls.values())  # both fail here or not
+    tokens = data.tokenize(held_out, load_tokenizer(Path(options.checkpoint)))
+    tokens.batch(0, 1, settings.context, 0, torch.device("cpu"))  # fails here if it is too short
     out.mkdir(parents=True, exist_ok=True)
-    begin_or_continue(out / "comparison.json", options)
+    write_json(out / "comparison.json", given)
     write_documents(out / "train.jsonl", known)
     write_documents(out / "held_out.jsonl", held_out)
     device = ["--device", options.device] if options.device else []
-    source = ["--checkpoint", options.checkpoint, "--data", str(out / "train.jsonl")]
-    train_or_resume(out / "thoughts", device, [*source, *options.training])
-    train_or_resume(out / "none", device, [*source, *options.training, "--thoughts", "none"])
-    text = text_report(options.checkpoint, out, options.sequences, pick_device(options.device))
-    limit = ["--limit", str(options.limit)] if options.limit else []
+    for call in calls.values():
+        train.main([*call, *device])
+    torch_device = pick_device(options.device)
+    text = text_report(options.checkpoint, out, options.sequences, torch_device, settings)
+    more = ["--dtype", settings.dtype, *(["--limit", str(options.limit)] if options.limit else [])]
     for task in ("gsm8k", "csqa"):
         file = getattr(options, task)
         if file:
-            text += task_report(task, file, options.checkpoint, out, [*device, *limit])
+            text += task_report(task, file, options.checkpoint, out, [*device, *more])
     write_text(out / "report.md", text)
     print(text, end="")
 

@@ -11,7 +11,9 @@ Questions are those of the data sets' own JSON lines. Results are JSON lines too
 after a header that says what they are results of; a run that is killed continues where it was.
 
 Paper: section 5. The prompts and the answer's probability are those of the authors' code
-(eval_helpers.py, zero-shotcot-eval.py).
+(eval_helpers.py, zero-shotcot-eval.py). Ours: questions are not cut to 256 tokens; a chain ends at
+its first "Q:" or triple line break, where theirs ends at the second; a number may have a sign and
+decimals, where theirs is a row of digits.
 """
 
 import hashlib
@@ -334,6 +336,15 @@ def answer_after_chains(
     }
 
 
+def fingerprint(model: Mistral | QuietStar) -> str:
+    """A hash of samples of all weights: other weights in the same folder have other results."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        step = parameter.numel() // 1000 + 1
+        digest.update(parameter.detach().flatten()[::step].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def answerer(
     model: Mistral | QuietStar, tokenizer: Tokenizer, settings: Settings
 ) -> Callable[[Question], dict]:
@@ -362,15 +373,16 @@ def read_results(path: Path, header: dict) -> dict[int, dict]:
         return {}
     try:
         found, *results = (json.loads(line) for line in whole.split("\n"))
-    except ValueError as error:
+        answered = {result["line"]: result for result in results}
+        differing = [name for name in header | found if found.get(name) != header.get(name)]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete it") from None
-    for name in header | found:
-        if found.get(name) != header.get(name):
-            raise ValueError(
-                f"{path} has results for {name} {found.get(name)!r}, not {header.get(name)!r}; "
-                "give another --out, or delete the file"
-            )
-    return {result["line"]: result for result in results}
+    for name in differing:
+        raise ValueError(
+            f"{path} has results for {name} {found.get(name)!r}, not {header.get(name)!r}; "
+            "give another --out, or delete the file"
+        )
+    return answered
 
 
 def answer_all(
@@ -444,13 +456,15 @@ def questions_to_answer(data_file: Path, settings: Settings) -> tuple[list[Quest
 
 def evaluate(
     answer: Callable[[Question], dict],
-    model_name: str,
+    about_model: dict,
     data_file: Path,
     out: Path,
     settings: Settings,
     shard: tuple[int, int],
 ) -> dict | None:
     """Answer what shard (i, n) has of the questions in a file; the summary if all n are complete.
+
+    about_model: what the header of the results says of the model.
 
     Writes out/{name}-{i}-of-{n}.jsonl and, with the last shard, out/{name}-summary.json.
     ValueError for a malformed line, a shard without questions, and a folder with results of
@@ -463,7 +477,7 @@ def evaluate(
             f"shard {i}/{n} of {len(questions)} questions; allowed are 1/n to n/n, "
             "n at most the number of questions"
         )
-    header = {"model": model_name, **about, "settings": asdict(settings)}
+    header = {**about_model, **about, "settings": asdict(settings)}
     name = settings.task + ("-cot" if settings.chains else "")
     files = [out / f"{name}-{part}-of-{n}.jsonl" for part in range(1, n + 1)]
     out.mkdir(parents=True, exist_ok=True)

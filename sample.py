@@ -22,7 +22,14 @@ from torch import Tensor
 import data
 from model import Cache, Mistral, load_mistral, read_config, write_text
 from page import STRONG, level, read_thoughts, render
-from thoughts import Prediction, QuietStar, load_quiet_star, sample_tokens, thinks
+from thoughts import (
+    Prediction,
+    QuietStar,
+    check_temperature,
+    load_quiet_star,
+    sample_tokens,
+    thinks,
+)
 from tokenizer import Tokenizer, load_tokenizer
 
 
@@ -36,6 +43,9 @@ def nucleus(logits: Tensor, top_p: float) -> Tensor:
     p, order = torch.softmax(logits, dim=-1).sort(dim=-1, descending=True)
     outside = p.cumsum(-1) - p >= top_p  # [B, V] what stands before a token already suffices
     return logits.masked_fill(outside.gather(-1, order.argsort(-1)), -math.inf)
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Step(NamedTuple):
@@ -106,8 +116,7 @@ def check_sampling(ids: Tensor, max_new_tokens: int, temperature: float, top_p: 
         )
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 0")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature is {temperature}; it must be at least 0 (0 is greedy)")
+    check_temperature(temperature)
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p is {top_p}; it must be above 0 and at most 1")
 
@@ -142,16 +151,20 @@ def check_belongs(tokenizer: Tokenizer, vocab_size: int, folder: Path) -> None:
         )
 
 
-def load_any(folder: str | Path, device: torch.device) -> tuple[Mistral | QuietStar, Tokenizer]:
-    """The plain or thinking model in a folder (on a CPU in float32), and its tokenizer.
+def load_any(
+    folder: str | Path, device: torch.device, dtype: torch.dtype | None = None
+) -> tuple[Mistral | QuietStar, Tokenizer]:
+    """The plain or thinking model in a folder, and its tokenizer.
 
-    Raises ValueError if there is none or the two do not belong together.
+    dtype None is that of the file, but float32 on a CPU. Raises ValueError if there is no model or
+    the two do not belong together.
     """
     folder = Path(folder)
     vocab_size = read_config(folder).vocab_size
     tokenizer = load_tokenizer(folder)
     check_belongs(tokenizer, vocab_size, folder)
-    dtype = torch.float32 if device.type == "cpu" else None  # bfloat16 is slow on most CPUs
+    if dtype is None and device.type == "cpu":  # bfloat16 is slow on most CPUs
+        dtype = torch.float32
     return (load_quiet_star if thinks(folder) else load_mistral)(folder, dtype, device), tokenizer
 
 
@@ -209,6 +222,10 @@ def execute(
         run(options)
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
+    except RuntimeError as error:  # a GPU says "out of memory", a CPU "can't allocate memory"
+        if "memory" not in str(error):
+            raise
+        parser.exit(2, f"{parser.prog}: error: {str(error).splitlines()[0]}\n")
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: stopped\n")
 
@@ -239,6 +256,8 @@ def check_options(options: argparse.Namespace) -> None:
         raise ValueError("--text needs --html, the file to write the page into")
     if options.html is not None and not Path(options.html).absolute().parent.is_dir():
         raise ValueError(f"--html {options.html}: its folder does not exist; make it first")
+    if options.html is not None and Path(options.html).is_dir():
+        raise ValueError(f"--html {options.html} is a folder; give the name of a file")
     if options.samples < 1 or not 0 <= options.seed < 2**63:
         raise ValueError("--samples must be at least 1 and --seed a whole number from 0")
 

@@ -381,9 +381,12 @@ def sample_tokens(logits: Tensor, uniform: Tensor) -> Tensor:
     uniform [...] in [0, 1) is the randomness. One number a token, drawn by the caller on the CPU:
     a seed then means the same thoughts however a batch is split, up to rounding on every device.
     """
-    cdf = torch.softmax(logits, dim=-1).cumsum(-1)
+    p = torch.softmax(logits, dim=-1)
+    cdf = p.cumsum(-1)
     point = uniform[..., None] * cdf[..., -1:]  # below the sum: torch.rand is at most 1 - 2**-24
-    return torch.searchsorted(cdf, point, right=True).squeeze(-1)  # never where p is 0
+    token = torch.searchsorted(cdf, point, right=True)  # [..., 1] never where p is 0,
+    possible = p.gather(-1, token.clamp(max=p.shape[-1] - 1)) > 0  # but if a GPU sums out of order
+    return torch.where(possible, token, p.argmax(-1, keepdim=True)).squeeze(-1)
 
 
 def mix(h_init: Tensor, h_thought: Tensor, weight: Tensor) -> Tensor:
@@ -486,6 +489,12 @@ def quiet_star_loss(
 # -------------------------------------------------------------------------------------- the module
 
 
+def check_temperature(temperature: float) -> None:
+    """ValueError for a sampling temperature that is neither 0, greedy, nor one to divide by."""
+    if temperature != 0 and not 1e-3 <= temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or at least 0.001")
+
+
 def check_positions(positions: Tensor, last: int) -> None:
     """ValueError for positions that are not [J] whole numbers in 0 .. last."""
     whole = positions.dtype in (torch.int64, torch.int32)
@@ -521,7 +530,7 @@ class QuietStar(nn.Module):
         D, V = model.config.hidden_size, model.config.vocab_size
         for name in ("init_id", "start_id", "end_id"):
             token = getattr(config, name)
-            if token is not None and not 0 <= token < V:
+            if token is not None and token not in range(V):
                 raise ValueError(f"{name} is {token}; the model's tokens are 0 .. {V - 1}")
         self.start_id = V if config.start_id is None else config.start_id
         self.end_id = V + 1 if config.end_id is None else config.end_id
@@ -712,8 +721,7 @@ class QuietStar(nn.Module):
         if ids.dim() != 2:
             raise ValueError(f"ids has shape {tuple(ids.shape)}; it must be [B, T]")
         (B, T), config = ids.shape, self.config
-        if not 0 <= temperature < math.inf:
-            raise ValueError(f"temperature is {temperature}; it must be at least 0 (0 is greedy)")
+        check_temperature(temperature)
         if positions is None:
             if config.n_true >= T:
                 raise ValueError(

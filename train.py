@@ -40,6 +40,7 @@ from cost import Work, free_memory, memory_plan, peak_flops, show_plan, step_flo
 from model import (
     Mistral,
     MistralConfig,
+    at_least_float32,
     load_mistral,
     read_config,
     read_json,
@@ -48,7 +49,7 @@ from model import (
     write_text,
 )
 from optim import BFloat16AdamW
-from sample import check_belongs, execute, make_parser, pick_device, show_status
+from sample import DTYPES, check_belongs, execute, make_parser, pick_device, show_status
 from thoughts import (
     QuietStar,
     ThoughtConfig,
@@ -61,7 +62,6 @@ from thoughts import (
 )
 from tokenizer import load_tokenizer, save_byte_tokenizer
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 THOUGHTS = ("sampled", "pause", "random", "none")
 INITS = ("dash", "random")
 
@@ -105,7 +105,7 @@ class Settings:
             "thoughts": (self.thoughts in THOUGHTS, ", ".join(THOUGHTS)),
             "init": (self.init in INITS, " or ".join(INITS)),
             "warmup": (self.warmup >= 0, "at least 0"),
-            "weight_decay": (self.weight_decay >= 0, "at least 0"),
+            "weight_decay": (0 <= self.weight_decay < math.inf, "at least 0"),
             "clip": (self.clip > 0, "positive"),
             "save_every": (self.save_every >= 1, "at least 1"),
             "base_steps": (self.base_steps >= 0, "at least 0"),
@@ -152,9 +152,8 @@ def language_step(model, ids, mask, settings, generator) -> dict[str, Tensor]:
     """
     total: dict[str, Tensor] = {}
     for part, targets in split(ids, mask, settings.micro_batch):
-        nll = F.cross_entropy(
-            model(part)[:, :-1].flatten(0, 1), part[:, 1:].flatten(), reduction="none"
-        )
+        logits = at_least_float32(model(part)[:, :-1]).flatten(0, 1)
+        nll = F.cross_entropy(logits, part[:, 1:].flatten(), reduction="none")
         loss = (nll * targets[:, 1:].flatten()).sum() / mask[:, 1:].sum()
         loss.backward()
         add(total, {"loss": loss.detach()})
@@ -594,8 +593,8 @@ def add_settings(parser: argparse.ArgumentParser, settings: type, embedded: dict
         group.add_argument("--" + field.name.replace("_", "-"), **options)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """The command line."""
+def command_line() -> argparse.ArgumentParser:
+    """The command line's options."""
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--out", metavar="FOLDER", help="folder of the run; none: runs/1, runs/2, ...")
@@ -604,7 +603,12 @@ def main(arguments: list[str] | None = None) -> None:
     add("--device", help="cpu, cuda, mps; none: the best there is")
     add_settings(parser, Settings, EMBEDDED)
     add_settings(parser, ThoughtConfig, EMBEDDED_THOUGHTS)
-    execute(parser, execute_run, arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    execute(command_line(), execute_run, arguments)
 
 
 if __name__ == "__main__":

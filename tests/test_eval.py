@@ -99,6 +99,16 @@ def test_text_nll_equals_thinking_slowly():
     assert model.config.n_thoughts == 2
 
 
+def test_difficulty_of_a_third_model():
+    """Bins by nll 4, 3, 2, 1: the first two tokens are the hard ones."""
+    base, talk, by = torch.tensor([[1.0, 2, 3, 4], [0.5, 1, 3, 4], [4.0, 3, 2, 1]])
+    lines = evaluation.show_text(base, talk, by, bins=2).splitlines()[2:]
+    assert [line.split()[3:] for line in lines] == [
+        ["2", "3.5000", "3.5000", "+0.0000"],
+        ["2", "1.5000", "0.7500", "+0.7500"],
+    ]
+
+
 def test_text_report(folder, tmp_path, capsys):
     (tmp_path / "text.txt").write_text("Thoughts are free. " * 5)
     options = ["--text", str(tmp_path / "text.txt"), "--context", "16", "--device", "cpu"]
@@ -114,6 +124,7 @@ def test_text_report(folder, tmp_path, capsys):
     [
         (["--model", "nowhere"], "nowhere is no checkpoint folder"),
         (["--text", "nowhere.txt"], "cannot read nowhere.txt"),
+        (["--context", "8"], "--context is for --text"),
     ],
 )
 def test_bad_input(folder, capsys, options, message):

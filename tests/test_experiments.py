@@ -110,7 +110,7 @@ def test_tables_by_hand():
     assert f"| {row} |" in text
     assert "pause tokens in training" not in text  # it has no results
     assert "5 tokens; perplexity 7.389 without thoughts, 4.953 with" in text  # e^2, e^1.6
-    assert " 4.000 ..  4.000           1   4.0000  +0.0000" in text
+    assert " 4.000 ..  4.000           1   4.0000   4.0000  +0.0000" in text
 
 
 @pytest.mark.parametrize(
@@ -128,6 +128,17 @@ def test_bad_input(tmp_path, capsys, options, message):
     assert message in capsys.readouterr().err
 
 
+def test_a_run_begun_with_other_settings_is_not_continued(tmp_path, small, monkeypatch, capsys):
+    arguments = ["--out", str(tmp_path), "--seeds", "1", "--only", "full"]
+    experiments.main(arguments)
+    (tmp_path / "seed0" / "full.json").unlink()  # as if it had been stopped
+    monkeypatch.setitem(experiments.EXPERIMENTS, "full", {"n_true": 1})
+    with pytest.raises(SystemExit) as stopped:
+        experiments.main(arguments)
+    assert stopped.value.code == 2
+    assert "was begun with other settings" in capsys.readouterr().err
+
+
 def test_results_of_other_settings_are_not_mixed_in(tmp_path, small, monkeypatch, capsys):
     arguments = ["--out", str(tmp_path), "--seeds", "1", "--only", "full"]
     experiments.main(arguments)
@@ -135,4 +146,7 @@ def test_results_of_other_settings_are_not_mixed_in(tmp_path, small, monkeypatch
     with pytest.raises(SystemExit) as stopped:
         experiments.main(arguments)
     assert stopped.value.code == 2
+    assert "is of other settings; delete it" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        experiments.main([*arguments, "--tables"])
     assert "is of other settings; delete it" in capsys.readouterr().err

@@ -40,12 +40,12 @@ def test_a_line_that_is_being_written_is_left_out(tmp_path):
     ("lines", "message"),
     [
         ([BASE], "no step of Quiet-STaR yet"),
-        ([step(1), "{"], "line 2 is no line of metrics"),
-        (["[]"], "line 1 is no line of metrics"),
-        ([step(1, reward=None)], "line 1 is no line of metrics"),
+        ([step(1), "{"], "line 2 cannot be drawn"),
+        (["[]"], "line 1 cannot be drawn"),
+        ([step(1, reward=None)], "line 1 cannot be drawn"),
         (
             ['{"stage": "quiet_star", "step": 1}'],
-            "line 1 is no line of metrics: KeyError 'base_nll'",
+            "line 1 cannot be drawn: ValueError: a run of --thoughts none",
         ),
     ],
 )

@@ -7,7 +7,7 @@ import torch
 from tiny import random_ids, think_slowly, tiny_quiet_star
 
 import pretrained
-from model import save_mistral
+from model import read_json, save_mistral
 from tokenizer import load_tokenizer, save_byte_tokenizer
 
 
@@ -105,3 +105,29 @@ def test_bad_input(tmp_path, files, capsys):
         assert stopped.value.code == 2
         assert message in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--", "--context", "4000"], "one sequence needs 4000"),
+        (["--", "--steps", "0"], "steps is 0"),
+        (["--", "--out", "x"], "--out behind -- is set by this script"),
+        (["--limit", "0"], "--limit is 0"),
+    ],
+)
+def test_what_cannot_work_fails_before_training(tmp_path, files, capsys, options, message):
+    given = ["--checkpoint", str(tmp_path / "model"), "--data", *files[1]]
+    with pytest.raises(SystemExit) as stopped:
+        pretrained.main([*given, "--out", str(tmp_path / "out"), *options])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_reinforce_has_a_weight_in_one_of_the_two(tmp_path, files, monkeypatch):
+    monkeypatch.setattr(pretrained.evaluation, "main", lambda a: None)
+    pretrained.main([*arguments(tmp_path, files), "--policy-weight", "0.5"])
+    saved = {run: read_json(tmp_path / "out" / run / "settings.json") for run in RUNS}
+    weights = {run: settings["thoughts"]["policy_weight"] for run, settings in saved.items()}
+    assert weights == {"thoughts": 0.5, "none": 0.0}

@@ -514,6 +514,20 @@ def test_results_of_something_else_are_refused(folder, data_file, tmp_path, caps
 
 
 @pytest.mark.usefixtures("no_thinking")
+def test_results_of_other_weights_are_refused(folder, data_file, tmp_path, capsys):
+    run(folder, data_file, tmp_path)
+    save_quiet_star(tiny_quiet_star(seed=7, V=258), folder)  # as training on would
+    capsys.readouterr()
+    assert "has results for weights" in refused(capsys, folder, data_file, tmp_path)
+
+
+@pytest.mark.usefixtures("no_thinking")
+def test_a_file_that_is_no_results_is_refused(folder, data_file, tmp_path, capsys):
+    (tmp_path / "gsm8k-1-of-1.jsonl").write_text("[]\n")
+    assert "is damaged" in refused(capsys, folder, data_file, tmp_path)
+
+
+@pytest.mark.usefixtures("no_thinking")
 def test_results_on_other_data_are_refused(folder, data_file, tmp_path, capsys):
     run(folder, data_file, tmp_path)
     capsys.readouterr()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import random_ids, tiny_quiet_star
 
-from thoughts import quiet_star_loss
+from thoughts import NEVER, quiet_star_loss, sample_tokens
 
 V, K = 3, 2
 THOUGHTS = list(itertools.product(range(V), repeat=K))
@@ -105,6 +105,14 @@ def test_no_gradient_through_the_reward():
     assert all(not parameter.grad.any() for parameter in model.mixing_head.parameters())
     assert model.start_embedding.grad.any()
     assert model.model.embed_tokens.weight.grad.any()
+
+
+def test_sums_out_of_order_draw_no_impossible_token(monkeypatch):
+    """As on a GPU, where a sum may rise at a token of probability 0: the likeliest stands in."""
+    logits = torch.tensor([[1.0, NEVER, 2.0]])
+    assert sample_tokens(logits, torch.tensor([0.1])).tolist() == [0]
+    monkeypatch.setattr(torch, "searchsorted", lambda cdf, point, right: torch.tensor([[1]]))
+    assert sample_tokens(logits, torch.tensor([0.1])).tolist() == [2]
 
 
 def test_sampling_follows_the_probabilities():

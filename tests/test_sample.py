@@ -86,6 +86,7 @@ def test_nucleus_by_hand():
     ("arguments", "message"),
     [
         ({"temperature": -1.0}, "temperature is -1"),
+        ({"temperature": 1e-40}, "temperature is 1e-40; it must be 0"),
         ({"top_p": 0.0}, "top_p is 0"),
         ({"max_new_tokens": -1}, "max_new_tokens is -1"),
         ({"ids": torch.zeros(1, 0, dtype=torch.long)}, "at least one token"),
@@ -219,3 +220,17 @@ def test_tokenizer_of_another_model(folders, tmp_path, capsys):
     with pytest.raises(SystemExit):
         sample.main(["--model", str(tmp_path), "--prompt", "x"])
     assert "the tokenizer has 258 tokens and the model 1000" in capsys.readouterr().err
+
+
+def test_out_of_memory_is_one_line_and_another_bug_is_not_hidden(capsys):
+    def run(options):
+        raise RuntimeError(options.message + "\nwhere it happened")
+
+    parser = sample.make_parser("")
+    parser.add_argument("message")
+    with pytest.raises(SystemExit) as stopped:
+        sample.execute(parser, run, ["CUDA out of memory."])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.endswith("error: CUDA out of memory.\n")
+    with pytest.raises(RuntimeError):
+        sample.execute(parser, run, ["another"])

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny import random_ids, tiny_quiet_star
+from tiny import random_ids, tiny_mistral, tiny_quiet_star
 
 import train
 from model import MistralConfig, load_mistral, save_mistral
@@ -354,3 +354,10 @@ def test_every_setting_has_a_help_text(capsys):
     for settings in (train.Settings, train.ThoughtConfig):
         assert set(train.comments(settings)) == {field.name for field in train.fields(settings)}
     assert "--thought-length N" in text
+
+
+def test_loss_in_float32_of_a_bfloat16_model():
+    model, settings = tiny_mistral().bfloat16(), train.Settings()
+    ids = random_ids(2, 8)
+    loss = train.language_step(model, ids, torch.ones_like(ids) > 0, settings, None)["loss"]
+    assert loss.dtype == torch.float32
