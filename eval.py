@@ -2,9 +2,8 @@
 
     python eval.py --model runs/1/quiet_star       the puzzles of the embedded corpus, as a table
     python eval.py --model FOLDER --text FILE      perplexity with and without thoughts
-    python eval.py --model FOLDER --task gsm8k --data test.jsonl --out runs/eval
-    python eval.py --model FOLDER --task csqa --data dev.jsonl --out runs/eval
-                                                   the paper's questions (questions.py)
+    python eval.py --model FOLDER --task gsm8k --data test.jsonl       the paper's questions
+    python eval.py --model FOLDER --task csqa --data dev.jsonl         (questions.py)
 
 The puzzles are those held out of training, in lines that do not explain themselves. A text is read
 in sequences of --context tokens, each on its own; every token but a sequence's first is predicted
@@ -213,8 +212,8 @@ def check_together(options: argparse.Namespace) -> None:
             if getattr(options, name) is not None and getattr(options, needed) is None:
                 name, needed = (x.replace("_", "-") for x in (name, needed))
                 raise ValueError(f"--{name} is for --{needed}; give both or neither")
-    if options.task is not None and (options.data is None or options.out is None):
-        raise ValueError("--task needs --data FILE and --out FOLDER")
+    if options.task is not None and options.data is None:
+        raise ValueError("--task needs --data, the file of its questions")
     if options.task is not None and options.text is not None:
         raise ValueError("--task and --text are two evaluations; give one of them")
 
@@ -240,13 +239,15 @@ def run_task(options: argparse.Namespace) -> None:
     model, tokenizer = load_model(options)
     answer = questions.answerer(model, tokenizer, settings)
     i, n = map(int, shard.groups())
-    data_file, out = Path(options.data), Path(options.out)
     about = {"model": options.model, "weights": questions.fingerprint(model)}
+    name = f"{Path(options.model).resolve().name}-{about['weights']}"
+    data_file, out = Path(options.data), Path(options.out or Path("runs") / "eval" / name)
     summary = questions.evaluate(answer, about, data_file, out, settings, (i, n))
     if summary:
         print(questions.show_summary(summary))
     else:
         print(f"shard {i}/{n} is complete; the last of the {n} to be so prints the summary")
+    print(f"results are in {out}")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -280,7 +281,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--max-tokens", type=int, help="tokens of the text to read; none: all")
     add("--task", choices=questions.PARSERS, help="questions to answer, with and without thoughts")
     add("--data", metavar="FILE", help="the task's questions: JSON lines of its data set")
-    add("--out", metavar="FOLDER", help="for results and summary; continues what is there")
+    add("--out", metavar="FOLDER", help="of results, continued if there are; none: runs/eval/...")
     add("--limit", type=int, help="the first questions only; none: all")
     add("--seed", type=int, help="of sampling and intervals (0)")
     add("--shard", metavar="I/N", help="every N-th question from the I-th on, of all (1/1)")

@@ -1,6 +1,7 @@
 """GSM8K and CommonsenseQA: questions, scores, votes, and files of results."""
 
 import json
+import shutil
 from decimal import Decimal
 from pathlib import Path
 
@@ -459,13 +460,28 @@ def test_shards_together_are_the_whole(folder, five, tmp_path, capsys):
     assert "shard 2/2 is complete" in capsys.readouterr().out
     assert not (parts / f"{name}-summary.json").exists()
     run(folder, data_file, parts, "--shard", "1/2", *how)
-    assert capsys.readouterr().out == table
+    assert capsys.readouterr().out == table.replace(str(whole), str(parts))
     lines = (whole / f"{name}-1-of-1.jsonl").read_text().splitlines()
     for shard in (1, 2):
         expected = [lines[0], *lines[shard::2]]
         assert (parts / f"{name}-{shard}-of-2.jsonl").read_text().splitlines() == expected
     summaries = [(out / f"{name}-summary.json").read_bytes() for out in (whole, parts)]
     assert summaries[0] == summaries[1]
+
+
+def test_results_have_a_folder_of_their_own(folder, data_file, tmp_path, monkeypatch):
+    """Without --out: one for every model and its weights."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(questions, "answerer", lambda *_: lambda question: {"x": {}})
+    options = ["--task", "gsm8k", "--data", str(data_file), "--device", "cpu"]
+    model = shutil.copytree(folder, tmp_path / "mine")
+    for seed in (0, 7):
+        save_quiet_star(tiny_quiet_star(seed=seed, V=258), model)
+        evaluation.main(["--model", "mine", *options])
+    folders = sorted((tmp_path / "runs" / "eval").iterdir())
+    assert len(folders) == 2
+    assert all(path.name.startswith("mine-") for path in folders)
+    assert all((path / "gsm8k-summary.json").exists() for path in folders)
 
 
 def test_summary(folder, data_file, tmp_path, capsys):
@@ -515,10 +531,11 @@ def test_results_of_something_else_are_refused(folder, data_file, tmp_path, caps
 
 @pytest.mark.usefixtures("no_thinking")
 def test_results_of_other_weights_are_refused(folder, data_file, tmp_path, capsys):
-    run(folder, data_file, tmp_path)
-    save_quiet_star(tiny_quiet_star(seed=7, V=258), folder)  # as training on would
+    model = shutil.copytree(folder, tmp_path / "mine")
+    run(model, data_file, tmp_path)
+    save_quiet_star(tiny_quiet_star(seed=7, V=258), model)  # as training on would
     capsys.readouterr()
-    assert "has results for weights" in refused(capsys, folder, data_file, tmp_path)
+    assert "has results for weights" in refused(capsys, model, data_file, tmp_path)
 
 
 @pytest.mark.usefixtures("no_thinking")
@@ -569,7 +586,7 @@ def test_bad_options(folder, data_file, tmp_path, capsys, options, message):
 def test_options_that_need_each_other(folder, data_file, capsys):
     for options, message in (
         (["--data", "x"], "--data is for --task"),
-        (["--task", "gsm8k", "--data", "x"], "--task needs --data FILE and --out FOLDER"),
+        (["--task", "gsm8k"], "--task needs --data"),
         (
             ["--task", "csqa", "--data", "x", "--out", "x", "--chain-of-thought"],
             "for gsm8k only",
