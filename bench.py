@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -158,10 +158,10 @@ def resident(field: str) -> int:
 
 def bench_steps(options: argparse.Namespace) -> None:
     """Training steps against their floors."""
-    cases = CASES
-    if options.context:
-        sizes = (options.context, options.thought_length, options.n_true)
-        cases = (Case(*sizes, checkpointing=options.checkpointing, positions=options.positions),)
+    given = {"K": options.thought_length, "A": options.n_true, "positions": options.positions}
+    given = {name: value for name, value in given.items() if value is not None}
+    cases = (Case(options.context),) if options.context else CASES
+    cases = [replace(case, checkpointing=options.checkpointing, **given) for case in cases]
     print("   T   K  A      M   plain s   floor s    ours s   ratio   peak MB  floor MB   ratio")
     for case in cases:
         plain, quiet = time_ratio(case, options.repeats)
@@ -179,6 +179,7 @@ def bench_steps(options: argparse.Namespace) -> None:
 def bench_generation(options: argparse.Namespace) -> None:
     """A token of a thinking model against K + 1 cached steps of the same model without thoughts."""
     K, new = options.thought_length, 16
+    K = Case.K if K is None else K
     model, _ = make(Case(16, K=K))
     print("prompt   plain step s   floor s    ours s   ratio")
     for length in (64, 1024):
@@ -339,10 +340,10 @@ def main(arguments: list[str] | None = None) -> None:
     add = parser.add_argument
     add("what", nargs="?", choices=BENCHES, default="steps", help="what to measure (steps)")
     add("--context", type=int, help="steps: tokens of text (T); none: four cases, as in README")
-    add("--thought-length", type=int, default=9, help="generation, steps with --context: K (9)")
-    add("--n-true", type=int, default=4, help="steps with --context: A (4)")
-    add("--positions", type=int, help="steps with --context: positions that think (J); none: all")
-    add("--checkpointing", action="store_true", help="steps with --context: keep fewer activations")
+    add("--thought-length", type=int, help="steps, generation: K (9; the last of the four: 13)")
+    add("--n-true", type=int, help="steps: A (4; the last of the four: 8)")
+    add("--positions", type=int, help="steps: positions that think (J); none: all")
+    add("--checkpointing", action="store_true", help="steps: keep fewer activations")
     add("--repeats", type=int, default=3, help="measurements to take the median of (3)")
     add("--data", metavar="FILE", help="tokenizing: a text")
     add("--preset", choices=train.PRESETS, help="steps of a large model in train.py's preset")

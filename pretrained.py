@@ -24,7 +24,7 @@ import data
 import eval as evaluation
 import train
 from model import load_mistral, read_json, write_json, write_text
-from sample import DTYPES, execute, load_any, make_parser, pick_device
+from sample import DTYPES, describe_thought, execute, load_any, make_parser, pick_device
 from thoughts import QuietStar, ThoughtConfig
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -103,16 +103,9 @@ def show_thoughts(model: QuietStar, tokenizer: Tokenizer, ids: Tensor) -> str:
     j, lines = ids.shape[1] // 2, []
     prediction = model.think_at(ids[:, :j], torch.tensor([j - 1]))
     for row, tokens in enumerate(ids.tolist()):
-        without, with_thought = (
-            torch.log_softmax(logits[row, 0], dim=-1)[tokens[j]].item()
-            for logits in (prediction.base_logits, prediction.logits)
-        )
-        thought = tokenizer.spell(prediction.thought_ids[row, 0].tolist())
-        lines.append(
-            f"{tokenizer.spell(tokens[max(j - 8, 0) : j])!r} -> {tokenizer.spell([tokens[j]])!r}  "
-            f"thought {thought!r}  w {prediction.weight[row, 0].item():.3f}  "
-            f"log p {without:.3f} -> {with_thought:.3f} ({with_thought - without:+.3f})"
-        )
+        text, gain = describe_thought(prediction, (row, 0), tokens[j], tokenizer)
+        before, true = tokenizer.spell(tokens[max(j - 8, 0) : j]), tokenizer.spell([tokens[j]])
+        lines.append(f"{before!r} -> {true!r}  {text} ({gain:+.3f})")
     return "\n".join(lines)
 
 
@@ -122,12 +115,16 @@ def section(title: str, text: str) -> str:
 
 
 def text_report(
-    checkpoint: str, out: Path, count: int, device: torch.device, settings: train.Settings
+    checkpoint: str,
+    out: Path,
+    tokens: data.Tokens,
+    count: int,
+    device: torch.device,
+    settings: train.Settings,
 ) -> str:
-    """Losses on `count` held-out sequences before and after, by difficulty, and the thoughts."""
+    """Losses on `count` sequences of held-out tokens before and after, by difficulty; thoughts."""
     tokenizer = load_tokenizer(Path(checkpoint))
     context, dtype = settings.context, DTYPES[settings.dtype]  # the same for all that is compared
-    tokens = data.tokenize(data.read_documents([out / "held_out.jsonl"]), tokenizer)
     count = min(count, len(tokens.ids) // context)
     ids, mask = tokens.batch(0, count, context, 0, device)  # [n, T], drawn from all of them
 
@@ -211,7 +208,7 @@ def run(options: argparse.Namespace) -> None:
     for call in calls.values():
         train.main([*call, *device])
     torch_device = pick_device(options.device)
-    text = text_report(options.checkpoint, out, options.sequences, torch_device, settings)
+    text = text_report(options.checkpoint, out, tokens, options.sequences, torch_device, settings)
     more = ["--dtype", settings.dtype, *(["--limit", str(options.limit)] if options.limit else [])]
     for task in ("gsm8k", "csqa"):
         file = getattr(options, task)

@@ -45,9 +45,6 @@ def nucleus(logits: Tensor, top_p: float) -> Tensor:
     return logits.masked_fill(outside.gather(-1, order.argsort(-1)), -math.inf)
 
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
 class Step(NamedTuple):
     """One generated token of every sequence, and what a thinking model thought before it."""
 
@@ -124,6 +121,9 @@ def check_sampling(ids: Tensor, max_new_tokens: int, temperature: float, top_p: 
 # ------------------------------------------------------------------------------ the command line
 
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
 def pick_device(name: str | None) -> torch.device:
     """The device called `name`, or CUDA, MPS or the CPU, whichever is there first."""
     if name is None:
@@ -180,20 +180,29 @@ def paint(text: str, gain: float) -> str:
     return f"\x1b[{style}38;5;{33 if size > 0 else 208}m{text}\x1b[0m"
 
 
+def describe_thought(
+    prediction: Prediction, index: tuple[int, ...], token: int, tokenizer: Tokenizer
+) -> tuple[str, float]:
+    """The thought at an index of a prediction, its w and log p of a token without and with it.
+
+    Returns the text, and by how many nats the thought raised log p.
+    """
+    without, with_thought = (
+        torch.log_softmax(logits[index], dim=-1)[token].item()
+        for logits in (prediction.base_logits, prediction.logits)
+    )
+    thought = tokenizer.spell(prediction.thought_ids[index].tolist())
+    weight = prediction.weight[index].item()
+    text = f"thought {thought!r}  w {weight:.3f}  log p {without:.3f} -> {with_thought:.3f}"
+    return text, with_thought - without
+
+
 def show_thought(step: Step, row: int, tokenizer: Tokenizer) -> str:
     """A line on one generated token: its thought, w, and what the thought did to its log p."""
-    token, prediction = step.token[row], step.prediction
-    with_thought, without = (
-        torch.log_softmax(logits[row], dim=-1)[token].item()
-        for logits in (prediction.logits, prediction.base_logits)
-    )
-    thought = tokenizer.spell(prediction.thought_ids[row].tolist())
-    gain = with_thought - without
-    shown = f"{tokenizer.spell([token.item()])!r:>12}"
-    return (
-        f"{paint(shown, gain)}  thought {thought!r}  w {prediction.weight[row].item():.3f}  "
-        f"log p {without:.3f} -> {with_thought:.3f} ({paint(f'{gain:+.3f}', gain)})"
-    )
+    token = step.token[row].item()
+    text, gain = describe_thought(step.prediction, (row,), token, tokenizer)
+    shown = f"{tokenizer.spell([token])!r:>12}"
+    return f"{paint(shown, gain)}  {text} ({paint(f'{gain:+.3f}', gain)})"
 
 
 def show_status(line: str, done: int, total: int, file: TextIO) -> None:
@@ -223,7 +232,7 @@ def execute(
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     except RuntimeError as error:  # a GPU says "out of memory", a CPU "can't allocate memory"
-        if "memory" not in str(error):
+        if "out of memory" not in str(error) and "allocate memory" not in str(error):
             raise
         parser.exit(2, f"{parser.prog}: error: {str(error).splitlines()[0]}\n")
     except KeyboardInterrupt:

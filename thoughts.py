@@ -262,7 +262,7 @@ class _ThoughtAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_out, d_own):
         q, text_k, text_v, bias, out, lse = ctx.saved_tensors
-        d_q, d_text_k, d_text_v = map(torch.zeros_like, (q, text_k, text_v))
+        d_q, d_text_k, d_text_v = torch.empty_like(q), *map(torch.zeros_like, (text_k, text_v))
         for rows, keys in ctx.blocks:
             d_o, x, o, denominator = (y[:, :, rows] for y in (d_out, q, out, lse))
             d_q[:, :, rows], d_k, d_v = attend_backward(

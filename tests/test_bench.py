@@ -32,6 +32,17 @@ def test_table(monkeypatch, capsys):
     assert float(row.split()[7]) > 0
 
 
+def test_no_option_of_steps_is_ignored(monkeypatch, capsys):
+    """Also without --context: the four cases, changed."""
+    seen = []
+    monkeypatch.setattr(bench, "time_ratio", lambda case, repeats: seen.append(case) or (1.0, 1.0))
+    monkeypatch.setattr(bench, "in_its_own_process", lambda measure, case: 1)
+    monkeypatch.setattr(bench, "saved_bytes", lambda case: 1)
+    bench.main(["--n-true", "2", "--positions", "8", "--checkpointing"])
+    assert [(case.T, case.K) for case in seen] == [(64, 9), (256, 9), (512, 9), (512, 13)]
+    assert all((case.A, case.positions, case.checkpointing) == (2, 8, True) for case in seen)
+
+
 def test_positions_cost_in_proportion():
     assert bench.Case(2048, positions=64).tokens == 2048 + 2 * 64 * 14
 

@@ -99,6 +99,20 @@ def test_text_nll_equals_thinking_slowly():
     assert model.config.n_thoughts == 2
 
 
+def test_dtype_is_that_of_the_computation(folder, monkeypatch, capsys):
+    load, seen = evaluation.load_any, []
+
+    def noting(*arguments):
+        model, tokenizer = load(*arguments)
+        seen.append(next(model.parameters()).dtype)
+        return model, tokenizer
+
+    monkeypatch.setattr(evaluation, "load_any", noting)
+    for options in ([], ["--dtype", "bfloat16"]):
+        evaluation.main(["--model", str(folder), "--device", "cpu", *options])
+    assert seen == [torch.float32, torch.bfloat16]
+
+
 def test_difficulty_of_a_third_model():
     """Bins by nll 4, 3, 2, 1: the first two tokens are the hard ones."""
     base, talk, by = torch.tensor([[1.0, 2, 3, 4], [0.5, 1, 3, 4], [4.0, 3, 2, 1]])

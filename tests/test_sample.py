@@ -233,4 +233,4 @@ def test_out_of_memory_is_one_line_and_another_bug_is_not_hidden(capsys):
     assert stopped.value.code == 2
     assert capsys.readouterr().err.endswith("error: CUDA out of memory.\n")
     with pytest.raises(RuntimeError):
-        sample.execute(parser, run, ["another"])
+        sample.execute(parser, run, ["CUDA error: an illegal memory access"])
