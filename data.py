@@ -1,6 +1,6 @@
-"""Text to tokens to batches; and the embedded corpus, made here, on which thoughts visibly help.
+"""Text to tokens to batches; and the built-in corpus, made here, on which thoughts visibly help.
 
-The embedded corpus is about a clock with three hours, 0, 1 and 2. A line says how far its hand
+The built-in corpus is about a clock with three hours, 0, 1 and 2. A line says how far its hand
 moves, move after move, and after "=" where it ends:
 
     122010=0
@@ -18,11 +18,17 @@ helps is left for Quiet-STaR to find out.
     122010=—mmmmmm—0
 """
 
+import argparse
+import inspect
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+import os
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
+from types import UnionType
+from typing import get_args, get_origin
 
 import numpy as np
 import torch
@@ -88,35 +94,41 @@ def read_documents(files: Iterable[str | Path]) -> list[str]:
     """
     documents = []
     for path in map(Path, files):
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"cannot read {path} as UTF-8 text: {error}") from None
-        if path.suffix == ".jsonl":
-            documents += [
-                json_document(line, f"{path}, line {number}")
-                for number, line in enumerate(text.split("\n"), 1)  # not at U+2028 in a string
-                if line.strip()
-            ]
-        else:
-            documents.append(text)
+        if path.suffix != ".jsonl":
+            documents.append(read_utf8(path))
+            continue
+        for where, record in read_json_lines(path):
+            parts = [record.get(name) for name in ("text", "question", "answer")]
+            parts = parts[:1] if isinstance(parts[0], str) else parts[1:]
+            if not all(isinstance(part, str) for part in parts):
+                raise ValueError(
+                    f'{where} has neither "text" nor "question" and "answer" as strings'
+                )
+            documents.append("\n".join(parts))
     if not any(documents):
         raise ValueError(f"no text in {', '.join(map(str, files)) or 'no files'}")
     return documents
 
 
-def json_document(line: str, where: str) -> str:
-    """The text of one line of a .jsonl file."""
+def read_json_lines(path: str | Path) -> list[tuple[str, dict]]:
+    """The objects in a file of JSON lines, each with "file, line number" for messages about it."""
+    records = []
+    for number, line in enumerate(read_utf8(Path(path)).split("\n"), 1):  # not at U+2028
+        if line.strip():
+            where = f"{path}, line {number}"
+            try:
+                records.append((where, dict(json.loads(line))))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{where} is no JSON object: {error}") from None
+    return records
+
+
+def read_utf8(path: Path) -> str:
+    """The text of a file; ValueError if it cannot be read."""
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is no JSON: {error}") from None
-    record = record if isinstance(record, dict) else {}
-    if isinstance(record.get("text"), str):
-        return record["text"]
-    if isinstance(record.get("question"), str) and isinstance(record.get("answer"), str):
-        return record["question"] + "\n" + record["answer"]
-    raise ValueError(f'{where} has neither "text" nor "question" and "answer" as strings')
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {path} as UTF-8 text: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -161,3 +173,75 @@ def tokenize(documents: Iterable[str], tokenizer) -> Tokens:
     is_target = torch.ones(len(ids), dtype=torch.bool)
     is_target[starts] = False
     return Tokens(torch.tensor(ids, dtype=torch.long), is_target)
+
+
+# ------------------------------------------------------------------------------ files and settings
+
+
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a file under a temporary name, then rename it: never half of a file."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write a JSON object, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; ValueError if it is missing, broken or no object."""
+    try:
+        return dict(json.loads(read_utf8(path)))
+    except (TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is no JSON object: {error}") from None
+
+
+def check_at_least(settings: object, **least: float) -> None:
+    """ValueError for the first setting that is below its least value; None is always allowed."""
+    for name, smallest in least.items():
+        value = getattr(settings, name)
+        if value is not None and not value >= smallest:  # NaN neither
+            raise ValueError(f"{name} is {value}; it must be at least {smallest}")
+
+
+def settings_from(kind: type, values: dict, path: Path):
+    """A settings dataclass from the values in a file; a ValueError names the file."""
+    try:
+        return kind(**values)
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def comments(settings: type) -> dict[str, str]:
+    """The comment behind each field of a dataclass: it is the option's help text."""
+    return dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(settings), re.MULTILINE))
+
+
+def add_settings(parser: argparse.ArgumentParser, settings: type, built_in: dict) -> None:
+    """One option per field of a dataclass; absent from the result unless it was given."""
+    group = parser.add_argument_group(settings.__name__, settings.__doc__)
+    help_texts = comments(settings)
+    for field in fields(settings):
+        if field.name.endswith("_id"):  # looked up in the tokenizer, or outside the vocabulary
+            continue
+        optional = isinstance(field.type, UnionType)
+        kind = get_args(field.type)[0] if optional else get_origin(field.type) or field.type
+        values = [str(field.default)] if field.default not in (None, ()) else []
+        if field.name in built_in:
+            values.append(f"built-in corpus: {built_in[field.name]}")
+        options: dict = {"default": argparse.SUPPRESS, "help": help_texts[field.name]}
+        options["help"] += f" ({'; '.join(values)})" if values else ""
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif kind is tuple:
+            options |= {"nargs": "+", "metavar": "FILE"}
+        else:
+            options |= {"type": kind, "metavar": {int: "N", float: "X", str: "NAME"}[kind]}
+        group.add_argument("--" + field.name.replace("_", "-"), **options)

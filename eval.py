@@ -1,20 +1,30 @@
 """What are the thoughts worth?
 
-    python eval.py --model runs/1/quiet_star       the puzzles of the embedded corpus, as a table
-    python eval.py --model FOLDER --text FILE      perplexity with and without thoughts
-    python eval.py --model FOLDER --task gsm8k --data test.jsonl       the paper's questions
-    python eval.py --model FOLDER --task csqa --data dev.jsonl         (questions.py)
+    python eval.py --model runs/1/quiet_star                      the puzzles of the built-in corpus
+    python eval.py --model FOLDER --text FILE                     perplexity, by difficulty
+    python eval.py --model FOLDER --task gsm8k --data test.jsonl  the paper's questions
+    python eval.py --model FOLDER --task csqa --data dev.jsonl
 
-The puzzles are those held out of training, in lines that do not explain themselves. A text is read
-in sequences of --context tokens, each on its own; every token but a sequence's first is predicted
-with and without a thought before it, in parallel over positions.
+Puzzles are those held out of training, in lines that do not explain themselves. A text is read in
+sequences of --context tokens, each on its own; every token but a sequence's first is predicted with
+and without a greedy thought before it. Questions are answered zero-shot and at once, after the
+authors' prompts (eval_helpers.py; python -m tools.chains lets chains of thought vote):
+
+    Q: {question}\\nA: {number}\\n
+    Q: {question}\\n(A) {choice}\\n ... (E) {choice}\\nA: {letter}\\n
 """
 
 import argparse
+import copy
+import json
 import math
 import re
 import sys
+import time
+from dataclasses import replace
+from decimal import Decimal
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,18 +33,9 @@ import torch
 from torch import Tensor
 
 import data
-import questions
-from model import Cache, Mistral
-from sample import (
-    DTYPES,
-    execute,
-    generate,
-    load_any,
-    make_parser,
-    pick_device,
-    show_status,
-)
-from thoughts import Prediction, QuietStar, thinking_once
+from model import KVCache, Mistral
+from sample import DTYPES, execute, generate, load, make_parser, pick_device, show_status, write
+from thoughts import Prediction, QuietStar
 from tokenizer import Tokenizer
 
 # ------------------------------------------------------------------------------------- the puzzles
@@ -74,10 +75,8 @@ def score(logits: Tensor, puzzles: Puzzles) -> Score:
     among = logits[:, puzzles.candidates]  # [n, HOURS]
     logp = torch.log_softmax(logits.float(), dim=-1)
     answer = puzzles.candidates[puzzles.answers]
-    return Score(
-        right=(among.argmax(-1) == puzzles.answers).float().mean().item(),
-        logp=logp.gather(1, answer[:, None]).mean().item(),
-    )
+    right = (among.argmax(-1) == puzzles.answers).float().mean().item()
+    return Score(right, logp.gather(1, answer[:, None]).mean().item())
 
 
 def aloud(model: Mistral, puzzles: Puzzles, dash: int) -> Tensor:
@@ -88,21 +87,24 @@ def aloud(model: Mistral, puzzles: Puzzles, dash: int) -> Tensor:
     return model(torch.cat([said, dashes], dim=1))[:, -1]
 
 
+def thinking_once(model: QuietStar) -> QuietStar:
+    """The same model with one thought a position, scored on one token: what evaluation needs."""
+    once = copy.copy(model)  # shares all weights
+    once.config = replace(model.config, n_thoughts=1, n_true=1)
+    return once
+
+
 def sampled_thoughts(model: QuietStar, ids: Tensor) -> Tensor:
     """A thought [n, K] after each text ids [n, T], sampled at temperature 1 as in training."""
-    T = ids.shape[1]
     longer = torch.cat([ids, ids[:, :1]], dim=1)  # a position needs some target to think for
-    generator = torch.Generator().manual_seed(0)
-    with thinking_once(model):
-        output = model(longer, positions=torch.tensor([T - 1]), generator=generator)
-    return output.thought_ids[:, 0, 0]
+    last, generator = torch.tensor([ids.shape[1] - 1]), torch.Generator().manual_seed(0)
+    return thinking_once(model)(longer, positions=last, generator=generator).thought_ids[:, 0, 0]
 
 
 def predict_answers(model: QuietStar, puzzles: Puzzles, thought_ids: Tensor | None) -> Prediction:
     """What follows the puzzles after thoughts thought_ids [n, K]; None: after greedy ones."""
-    room = model.config.thought_length + 2
-    cache = Cache(model.model, len(puzzles.ids), puzzles.ids.shape[1] + room)
-    model.model.hidden_states(model.model.embed_tokens(puzzles.ids[:, :-1]), cache)
+    cache = KVCache(model.model.config)
+    model.model.run(model.model.embed_tokens(puzzles.ids[:, :-1]), cache)
     return model.think_last(puzzles.ids[:, -1], cache, thought_ids)
 
 
@@ -110,11 +112,10 @@ def predict_answers(model: QuietStar, puzzles: Puzzles, thought_ids: Tensor | No
 def puzzle_table(model: Mistral | QuietStar, tokenizer: Tokenizer) -> dict[str, Score]:
     """The scores of a model on the held-out puzzles, by what it does between "=" and the answer.
 
-    Shuffled thoughts are the greedy ones, each given to a puzzle drawn by lot.
+    Pause tokens are the start token K times; shuffled thoughts the greedy ones of other puzzles.
     """
     text_model = model.model if isinstance(model, QuietStar) else model
     puzzles = held_out_puzzles(tokenizer, text_model.embed_tokens.weight.device)
-    dash = tokenizer.token_id("—")
     table = {"answers at once": score(text_model(puzzles.ids)[:, -1], puzzles)}
     if isinstance(model, QuietStar):
         greedy = predict_answers(model, puzzles, None)
@@ -130,18 +131,16 @@ def puzzle_table(model: Mistral | QuietStar, tokenizer: Tokenizer) -> dict[str, 
         for name, thought in thoughts.items():
             table[name] = score(predict_answers(model, puzzles, thought).logits, puzzles)
         table["greedy thoughts"] = score(greedy.logits, puzzles)
-    table["writes its aside"] = score(aloud(text_model, puzzles, dash), puzzles)
-    return table
+    dash = tokenizer.token_id("—")
+    return table | {"writes its aside": score(aloud(text_model, puzzles, dash), puzzles)}
 
 
 def show_puzzles(tables: dict[str, dict[str, Score]]) -> str:
     """Tables of several models as lines of text."""
     lines = [f"{'':38}  right   log p(answer)"]
     for model, table in tables.items():
-        lines += [
-            f"{model + ', ' + name:38}  {100 * s.right:5.1f} %  {s.logp:8.3f}"
-            for name, s in table.items()
-        ]
+        for name, (right, logp) in table.items():
+            lines.append(f"{model + ', ' + name:38}  {100 * right:5.1f} %  {logp:8.3f}")
     return "\n".join(lines)
 
 
@@ -156,18 +155,16 @@ def text_nll(
 
     ids [tokens], is_target [tokens] bool -> two tensors [targets] in the order of the text.
     """
-    base, talk = [], []
-    with thinking_once(model):
-        starts = range(0, len(ids) - 1, context)  # a last sequence of one token has no target
-        for count, start in enumerate(starts, 1):
-            row = ids[None, start : start + context]
-            mask = is_target[None, start : start + context]
-            output = model(row, target_mask=mask, temperature=0)
-            valid = output.valid[0, 0]  # [J]
-            base.append(output.base_nll[0][valid].cpu())
-            talk.append(output.talk_nll[0, 0, 0][valid].cpu())
-            line = f"{min(start + context, len(ids))} of {len(ids)} tokens"
-            show_status(line, count, len(starts), sys.stderr)
+    once, base, talk = thinking_once(model), [], []
+    starts = range(0, len(ids) - 1, context)  # a last sequence of one token has no target
+    for count, start in enumerate(starts, 1):
+        part = slice(start, start + context)
+        output = once(ids[None, part], target_mask=is_target[None, part], temperature=0)
+        valid = output.valid[0, 0]  # [J]
+        base.append(output.base_nll[0][valid].cpu())
+        talk.append(output.talk_nll[0, 0, 0][valid].cpu())
+        line = f"{min(start + context, len(ids))} of {len(ids)} tokens"
+        show_status(line, count, len(starts), sys.stderr)
     if not sum(map(len, base)):
         raise ValueError(f"a text of {len(ids)} tokens has nothing to predict in it")
     return torch.cat(base), torch.cat(talk)
@@ -188,108 +185,258 @@ def show_text(base: Tensor, talk: Tensor, by: Tensor | None = None, bins: int = 
     ]
     for part in difficulty.argsort().chunk(bins):
         easy, hard = difficulty[part[0]], difficulty[part[-1]]
-        without, with_thought = base[part].mean(), talk[part].mean()
-        lines.append(
-            f"{easy:6.3f} .. {hard:6.3f}   {len(part):9d}  {without:7.4f}  {with_thought:7.4f}  "
-            f"{without - with_thought:+7.4f}"
-        )
+        without, thought = base[part].mean(), talk[part].mean()
+        numbers = f"{len(part):9d}  {without:7.4f}  {thought:7.4f}  {without - thought:+7.4f}"
+        lines.append(f"{easy:6.3f} .. {hard:6.3f}   {numbers}")
     return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------- questions
+
+LETTERS = "ABCDE"
+SPELLED = {"gsm8k": ["0123456789"], "csqa": [*LETTERS]}  # answers that hold what can be in one
+NUMBER = re.compile(r"-?(?:[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?|\.[0-9]+)")
+SCORES = {
+    "answer_probability": "probability of the answer among admissible tokens (the authors')",
+    "greedy_accuracy": "accuracy of the number written greedily",
+    "letter_accuracy": "accuracy of the likeliest letter",
+}
+
+
+class Question(NamedTuple):
+    """A question and its answer."""
+
+    number: int  # from 0
+    text: str  # what follows "Q: ", choices included
+    answer: str  # a number as the file spells it, or a letter
+
+
+def number_in(text: str) -> Decimal | None:
+    """The first number in a text, dollar signs and the commas between thousands left out."""
+    match = NUMBER.search(text.replace("$", ""))
+    return Decimal(match[0].replace(",", "")) if match else None
+
+
+def gsm8k_question(record: dict) -> tuple[str, str]:
+    """Text and answer of a line of GSM8K, which ends in #### and the number."""
+    _, mark, number = record["answer"].rpartition("####")
+    if not mark or number_in(number) is None:
+        raise ValueError(f"the answer ends in {record['answer'][-30:]!r}, not #### and a number")
+    return record["question"], number.strip()
+
+
+def csqa_question(record: dict) -> tuple[str, str]:
+    """Text and answer of CommonsenseQA, in its original layout or the flat one of later copies."""
+    question, answer = record["question"], record["answerKey"]
+    if isinstance(question, dict):
+        choices = {choice["label"]: choice["text"] for choice in question["choices"]}
+        question = question["stem"]
+    else:
+        choices = dict(zip(record["choices"]["label"], record["choices"]["text"], strict=True))
+    if [*choices] != [*LETTERS] or answer not in choices:
+        raise ValueError(f"choices and answerKey ({answer!r}) must be the letters {LETTERS}")
+    return "\n".join([question, *(f"({k}) {v}" for k, v in choices.items())]), answer
+
+
+TASKS = {"gsm8k": gsm8k_question, "csqa": csqa_question}
+
+
+def read_questions(path: str | Path, task: str, limit: int | None = None) -> list[Question]:
+    """The first `limit` questions in a data set's own JSON lines; ValueError names a bad line."""
+    questions, records = [], data.read_json_lines(path)[:limit]
+    if not records or (limit or 1) < 1:
+        raise ValueError(f"{path} is without questions, or limit is {limit}: give at least one")
+    for where, record in records:
+        try:
+            questions.append(Question(len(questions), *TASKS[task](record)))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{where} is no question of {task}: {error!r}") from None
+    return questions
+
+
+def encode_answer(tokenizer: Tokenizer, prompt: str, answer: str) -> tuple[list[int], int]:
+    """ids of prompt + answer, and the index of the first that is not the prompt's own.
+
+    (A tokenizer may join the end of a prompt with the beginning of an answer.)
+    """
+    ids, before = (tokenizer.encode(s, bos=tokenizer.adds_bos) for s in (prompt + answer, prompt))
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(ids, before, strict=False))
+    return ids, len(list(same))
+
+
+def admissible_tokens(tokenizer: Tokenizer, task: str) -> dict[str, int]:
+    """{character: id}: ten digits or five letters, and the end of line, as an answer spells them.
+
+    A vocabulary may have several tokens of one character: Mistral's has " A", "A" and a byte
+    piece. The one that counts is what the tokenizer makes of "A: A". ValueError if there is none.
+    """
+    found: dict[str, int] = {}
+    for answer in SPELLED[task]:
+        ids, start = encode_answer(tokenizer, "\nA:", f" {answer}\n")
+        found |= {tokenizer.decode([token]).strip(" "): token for token in ids[start:]}
+    characters = "".join(SPELLED[task]) + "\n"
+    if missing := [character for character in characters if character not in found]:
+        raise ValueError(
+            f"this tokenizer has no token of its own for {missing[0]!r} in an answer; {task} needs "
+            f"a model that has one for each of {characters!r}"
+        )
+    return {character: found[character] for character in characters}
+
+
+@torch.no_grad()
+def answer_logits(model: Mistral | QuietStar, ids: list[int], start: int) -> Tensor:
+    """Logits [answer, V] of the tokens ids[start:], each after all before it as they truly are."""
+    row = torch.tensor([ids], device=next(model.parameters()).device)
+    if isinstance(model, Mistral):
+        return model(row)[0, start - 1 : -1].float().cpu()
+    cache = KVCache(model.model.config)
+    model.model.run(model.model.embed_tokens(row[:, : start - 1]), cache)
+    steps = [model.think_last(last, cache) for last in row[:, start - 1 : -1].unbind(1)]
+    return torch.cat([prediction.logits for prediction in steps]).cpu()
+
+
+def answer_probability(logits: Tensor, targets: list[int]) -> float:
+    """The product over an answer's tokens of p(token), renormalised over the admissible ones.
+
+    logits [tokens, admissible], targets [tokens] among them. Authors' code: compute_metrics. Ours:
+    a number below 0 is scored by its digits, as any other, where theirs takes it for a letter.
+    """
+    p = torch.softmax(logits.double(), dim=-1)
+    return p[range(len(targets)), targets].prod().item()
+
+
+def answer_at_once(
+    model: Mistral | QuietStar, question: Question, tokenizer: Tokenizer, admissible: dict[str, int]
+) -> dict:
+    """The scores of an answer right after "A:", and the answer given.
+
+    The true answer is teacher-forced; its tokens that are not admissible (a space, a comma, a
+    minus) are passed over. The number that is compared for greedy accuracy is written freely.
+    """
+    prompt, allowed = f"Q: {question.text}\nA:", list(admissible.values())
+    ids, start = encode_answer(tokenizer, prompt, f" {question.answer}\n")
+    scored = [i for i, token in enumerate(ids[start:]) if token in allowed]
+    logits = answer_logits(model, ids, start)[scored][:, allowed]
+    targets = [allowed.index(ids[start + i]) for i in scored]
+    result: dict = {"answer_probability": answer_probability(logits, targets)}
+    if question.answer in LETTERS:
+        chosen = LETTERS[int(logits[0, : len(LETTERS)].argmax())]
+        return result | {"letter_accuracy": int(chosen == question.answer), "answer": chosen}
+    [written] = write(model, tokenizer, prompt, 12, temperature=0, stop=re.compile("\n"))
+    right = number_in(written) == number_in(question.answer)
+    return result | {"greedy_accuracy": int(right), "answer": written}
+
+
+def ways_to_answer(model: Mistral | QuietStar) -> dict[str, Mistral | QuietStar]:
+    """The model without thoughts, and with them if it has any."""
+    if isinstance(model, Mistral):
+        return {"without thoughts": model}
+    return {"without thoughts": model.model, "with thoughts": model}
+
+
+def answer_all(
+    model: Mistral | QuietStar, questions: list[Question], answer, path: Path, header: dict
+) -> list[dict]:
+    """answer(model, question) in every way, a JSON line for each question in a file.
+
+    A file that is there is continued; ValueError if its header says it is of something else.
+    """
+    head, ways = json.dumps(header) + "\n", ways_to_answer(model)
+    text = path.read_text(encoding="utf-8") if path.exists() else head
+    if not text.startswith(head):
+        raise ValueError(f"{path} has other results than {header}; give another --out")
+    text = text[: text.rindex("\n") + 1]  # without what a killed run may have half written
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data.write_file(path, lambda new: new.write_text(text, encoding="utf-8"))
+    results, total = [json.loads(line) for line in text.splitlines()[1:]], len(questions)
+    began, before = time.perf_counter(), len(results)
+    with path.open("a", encoding="utf-8") as file:
+        for question in questions[before:]:
+            answers = {way: answer(answering, question) for way, answering in ways.items()}
+            results.append({"question": question.number, "expected": question.answer, **answers})
+            file.write(json.dumps(results[-1]) + "\n")
+            file.flush()
+            done = len(results)
+            left = (time.perf_counter() - began) / (done - before) * (total - done)
+            show_status(f"{done} of {total} questions  {left:.0f} s left", done, total, sys.stderr)
+    return results
+
+
+def bootstrap_interval(values: np.ndarray, resamples: int = 2000) -> tuple[float, float]:
+    """The 95 % percentile interval of the mean of values [questions], questions drawn anew."""
+    drawn = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
+    low, high = np.percentile(values[drawn].mean(axis=1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def show_scores(title: str, results: list[dict], scores: dict[str, str]) -> str:
+    """Means over questions with 95 % intervals, a row per score, a column per way to answer."""
+    ways = [way for way, value in results[0].items() if isinstance(value, dict)]
+    lines = [f"{f'{title}, {len(results)} questions':66}" + "".join(f"{way:>27}" for way in ways)]
+    for score in [score for score in scores if score in results[0][ways[0]]]:
+        line = f"{scores[score]:66}"
+        for way in ways:
+            percent = 100 * np.array([result[way][score] for result in results])
+            low, high = bootstrap_interval(percent)
+            line += f"{f'{percent.mean():.2f} % [{low:.2f}, {high:.2f}]':>27}"
+        lines.append(line)
+    return "\n".join([*lines, "In brackets: 95 % intervals, by drawing the questions anew."])
+
+
+def run_task(model: Mistral | QuietStar, tokenizer: Tokenizer, options) -> None:
+    """Answer a task's questions in every way, and print the scores."""
+    questions = read_questions(options.data, options.task, options.limit)
+    admissible = admissible_tokens(tokenizer, options.task)
+    answer = partial(answer_at_once, tokenizer=tokenizer, admissible=admissible)
+    header = {"model": options.model, "data": options.data, "limit": options.limit}
+    out = Path(options.out or Path(options.model) / f"{options.task}.jsonl")
+    results = answer_all(model, questions, answer, out, header)
+    print(show_scores(options.task, results, SCORES))
+    print(f"a line for each question is in {out}")
 
 
 # ------------------------------------------------------------------------------ the command line
 
-# Options that mean nothing without another one; None where they are not given.
-TASK_OPTIONS = ("data", "out", "limit", "seed", "shard", "skip_malformed", "chain_of_thought")
-TEXT_OPTIONS = ("context", "max_tokens")
-CHAIN_OPTIONS = ("samples", "temperature", "max_new_tokens")
-
-
-def check_together(options: argparse.Namespace) -> None:
-    """ValueError for an option that would be ignored, or --task without what it needs."""
-    needs = {"text": TEXT_OPTIONS, "task": TASK_OPTIONS, "chain_of_thought": CHAIN_OPTIONS}
-    for needed, names in needs.items():
-        for name in names:
-            if getattr(options, name) is not None and getattr(options, needed) is None:
-                name, needed = (x.replace("_", "-") for x in (name, needed))
-                raise ValueError(f"--{name} is for --{needed}; give both or neither")
-    if options.task is not None and options.data is None:
-        raise ValueError("--task needs --data, the file of its questions")
-    if options.task is not None and options.text is not None:
-        raise ValueError("--task and --text are two evaluations; give one of them")
-
-
-def load_model(options: argparse.Namespace) -> tuple[Mistral | QuietStar, Tokenizer]:
-    """The model that is asked for."""
-    dtype = DTYPES[options.dtype] if options.dtype else None
-    return load_any(options.model, pick_device(options.device), dtype)
-
-
-def run_task(options: argparse.Namespace) -> None:
-    """Answer the questions of a shard; print the table once all shards are complete."""
-
-    def given(*names: str) -> dict:
-        values = {name: getattr(options, name) for name in names}
-        return {name: value for name, value in values.items() if value is not None}
-
-    chains = questions.Chains(**given(*CHAIN_OPTIONS)) if options.chain_of_thought else None
-    settings = questions.Settings(**given("task", "limit", "seed", "skip_malformed"), chains=chains)
-    shard = re.fullmatch(r"(\d+)/(\d+)", options.shard or "1/1")
-    if shard is None:
-        raise ValueError(f"--shard is {options.shard!r}; it must be i/n, such as 1/4")
-    model, tokenizer = load_model(options)
-    answer = questions.answerer(model, tokenizer, settings)
-    i, n = map(int, shard.groups())
-    about = {"model": options.model, "weights": questions.fingerprint(model)}
-    name = f"{Path(options.model).resolve().name}-{about['weights']}"
-    data_file, out = Path(options.data), Path(options.out or Path("runs") / "eval" / name)
-    summary = questions.evaluate(answer, about, data_file, out, settings, (i, n))
-    if summary:
-        print(questions.show_summary(summary))
-    else:
-        print(f"shard {i}/{n} is complete; the last of the {n} to be so prints the summary")
-    print(f"results are in {out}")
-
 
 def run(options: argparse.Namespace) -> None:
     """Load, evaluate, print."""
-    check_together(options)
-    if options.task is not None:
-        run_task(options)
-        return
-    model, tokenizer = load_model(options)
-    if options.text is None:
-        print(show_puzzles({"model": puzzle_table(model, tokenizer)}))
-        return
-    if not isinstance(model, QuietStar):
-        raise ValueError(f"{options.model} is a plain model; --text compares with thoughts")
+    of = {"context": "text", "max_tokens": "text", "data": "task", "limit": "task", "out": "task"}
+    for name in [name for name in of if getattr(options, name) is not None]:
+        if getattr(options, of[name]) is None:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is for --{of[name]}; give both or neither"
+            )
+    if options.task and (options.data is None or options.text):
+        raise ValueError("--task needs --data, the file of its questions, and no --text")
     context = 256 if options.context is None else options.context
-    if context < 2 or (options.max_tokens is not None and options.max_tokens < 2):
-        raise ValueError("--context and --max-tokens must be at least 2")
-    tokens = data.tokenize(data.read_documents([options.text]), tokenizer)
-    device = next(model.parameters()).device
-    ids, is_target = (x[: options.max_tokens].to(device) for x in (tokens.ids, tokens.is_target))
-    print(show_text(*text_nll(model, ids, is_target, context)))
+    if min(context, options.max_tokens or 2) < 2 or (options.limit or 1) < 1:
+        raise ValueError("--context and --max-tokens must be at least 2, --limit at least 1")
+    device, dtype = pick_device(options.device), options.dtype and DTYPES[options.dtype]
+    model, tokenizer = load(options.model, device, dtype)
+    if options.task:
+        run_task(model, tokenizer, options)
+    elif options.text is None:
+        print(show_puzzles({"model": puzzle_table(model, tokenizer)}))
+    elif not isinstance(model, QuietStar):
+        raise ValueError(f"{options.model} is a plain model; --text compares with thoughts")
+    else:
+        tokens = data.tokenize(data.read_documents([options.text]), tokenizer)
+        ids, mask = (x[: options.max_tokens].to(device) for x in (tokens.ids, tokens.is_target))
+        print(show_text(*text_nll(model, ids, mask, context)))
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = make_parser(__doc__)
-    add, flag = parser.add_argument, partial(parser.add_argument, action="store_true", default=None)
+    add = parser.add_argument
     add("--model", required=True, metavar="FOLDER", help="checkpoint folder")
-    add("--text", metavar="FILE", help="text or .jsonl file; none: the embedded corpus' puzzles")
-    add("--context", type=int, help="tokens of the text in a sequence (256)")
-    add("--max-tokens", type=int, help="tokens of the text to read; none: all")
-    add("--task", choices=questions.PARSERS, help="questions to answer, with and without thoughts")
-    add("--data", metavar="FILE", help="the task's questions: JSON lines of its data set")
-    add("--out", metavar="FOLDER", help="of results, continued if there are; none: runs/eval/...")
-    add("--limit", type=int, help="the first questions only; none: all")
-    add("--seed", type=int, help="of sampling and intervals (0)")
-    add("--shard", metavar="I/N", help="every N-th question from the I-th on, of all (1/1)")
-    flag("--skip-malformed", help="leave out lines that are no question; else they stop it")
-    flag("--chain-of-thought", help="gsm8k: think step by step in words, then vote")
-    add("--samples", type=int, help="chains of thought that vote on an answer (8)")
-    add("--temperature", type=float, help="of sampling them; 0 is greedy (0.7)")
-    add("--max-new-tokens", type=int, help="of one of them, at most (384)")
+    add("--text", metavar="FILE", help="text or .jsonl file; none: the built-in corpus' puzzles")
+    add("--context", type=int, help="--text: tokens in a sequence (256)")
+    add("--max-tokens", type=int, help="--text: tokens to read; none: all")
+    add("--task", choices=TASKS, help="questions to answer, with and without thoughts")
+    add("--data", metavar="FILE", help="--task: its questions, JSON lines of the data set")
+    add("--limit", type=int, help="--task: the first questions only; none: all")
+    add("--out", metavar="FILE", help="--task: of results, continued if there; none: in the model")
     add("--device", help="cpu, cuda, mps; none: the best there is")
     add("--dtype", choices=DTYPES, help="of the computation; none: the file's, float32 on a CPU")
     execute(parser, run, arguments)

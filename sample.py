@@ -1,35 +1,27 @@
-"""Continue a prompt with a plain or a thinking model, or look at its thoughts about a text.
+"""Continue a prompt with a plain or a thinking model, and look at its thoughts.
 
     python sample.py --model FOLDER --prompt "The capital of France is" --greedy
     python sample.py --model runs/1/quiet_star --prompt "122010=" --greedy --show-thoughts
-    python sample.py --model runs/1/quiet_star --text FILE --html out.html --context 64
 
 A thinking model thinks before every token that it writes. Only the last position thinks; the text's
 key/value cache never holds a thought, so what was thought cannot be looked up later.
+(python -m tools.page draws a page of the thoughts about a text.)
 """
 
 import argparse
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import TextIO
 
 import torch
 from torch import Tensor
 
-import data
-from model import Cache, Mistral, load_mistral, read_config, write_text
-from page import STRONG, level, read_thoughts, render
-from thoughts import (
-    Prediction,
-    QuietStar,
-    check_temperature,
-    load_quiet_star,
-    sample_tokens,
-    thinks,
-)
+from model import KVCache, Mistral, read_config
+from thoughts import Prediction, QuietStar, load_any, sample_tokens
 from tokenizer import Tokenizer, load_tokenizer
 
 
@@ -45,13 +37,6 @@ def nucleus(logits: Tensor, top_p: float) -> Tensor:
     return logits.masked_fill(outside.gather(-1, order.argsort(-1)), -math.inf)
 
 
-class Step(NamedTuple):
-    """One generated token of every sequence, and what a thinking model thought before it."""
-
-    token: Tensor  # [B] int64
-    prediction: Prediction | None  # None for a plain model
-
-
 @torch.no_grad()
 def generate_steps(
     model: Mistral | QuietStar,
@@ -60,31 +45,29 @@ def generate_steps(
     temperature: float = 1.0,
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
-) -> Iterator[Step]:
-    """Continue ids [B, T] token by token; see generate. Ends after max_new_tokens tokens."""
-    check_sampling(ids, max_new_tokens, temperature, top_p)
-    thinking = isinstance(model, QuietStar)
-    text_model = model.model if thinking else model
-    room = model.config.thought_length + 2 if thinking else 0  # for the thought at the end
-    B, T = ids.shape
-    shared = B > 1 and bool((ids == ids[:1]).all())  # samples of one prompt: read it once
-    cache = Cache(text_model, 1 if shared else B, T + max_new_tokens + room)
-    text_model.hidden_states(
-        text_model.embed_tokens(ids[:1, :-1] if shared else ids[:, :-1]), cache
-    )
-    if shared:
-        cache.repeat(B)
-
-    last = ids[:, -1]
+) -> Iterator[tuple[Tensor, Prediction | None]]:
+    """Continue ids [B, T]: the tokens [B], and the prediction of a thinking model, step by step."""
+    if ids.shape[1] < 1:
+        raise ValueError("the prompt is empty; give at least one token")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 0")
+    if temperature != 0 and not 1e-3 <= temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or at least 0.001")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}; it must be above 0 and at most 1")
+    text_model = model.model if isinstance(model, QuietStar) else model
+    cache, last = KVCache(text_model.config), ids[:, -1]
+    if ids.shape[1] > 1:
+        text_model.run(text_model.embed_tokens(ids[:, :-1]), cache)
     for _ in range(max_new_tokens):
-        prediction = model.think_last(last, cache) if thinking else None
+        prediction = model.think_last(last, cache) if isinstance(model, QuietStar) else None
         logits = prediction.logits if prediction else model(last[:, None], cache)[:, -1].float()
         if temperature == 0:
             last = logits.argmax(-1)
         else:
-            uniform = torch.rand(B, generator=generator).to(ids.device)
+            uniform = torch.rand(len(ids), generator=generator).to(ids.device)
             last = sample_tokens(nucleus(logits / temperature, top_p), uniform)
-        yield Step(last, prediction)
+        yield last, prediction
 
 
 def generate(
@@ -102,23 +85,69 @@ def generate(
     Raises ValueError for an empty prompt or a setting out of range.
     """
     steps = generate_steps(model, ids, max_new_tokens, temperature, top_p, generator)
-    return torch.cat([ids, *(step.token[:, None] for step in steps)], dim=1)
+    return torch.cat([ids, *(token[:, None] for token, _ in steps)], dim=1)
 
 
-def check_sampling(ids: Tensor, max_new_tokens: int, temperature: float, top_p: float) -> None:
-    """ValueError for a prompt or setting that cannot be sampled with."""
-    if ids.dim() != 2 or ids.shape[1] < 1:
-        raise ValueError(
-            f"the prompt has shape {tuple(ids.shape)}; it must be [B, T] with at least one token"
-        )
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 0")
-    check_temperature(temperature)
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}; it must be above 0 and at most 1")
+def write(
+    model: Mistral | QuietStar, tokenizer: Tokenizer, prompt: str, max_new_tokens: int,
+    samples: int = 1, stop: re.Pattern | None = None, watch: Callable | None = None, **sampling
+) -> list[str]:  # fmt: skip
+    """What a model writes after a prompt, `samples` times; sampling: as for generate.
+
+    Each text ends before a match of `stop`, at eos, or at an embedding that is no token.
+    watch(row, token, prediction) is called for every token that is written.
+    """
+    prompt_ids = tokenizer.encode(prompt, bos=tokenizer.adds_bos)
+    before, device = tokenizer.decode(prompt_ids), next(model.parameters()).device
+    ids = torch.tensor([prompt_ids] * samples, dtype=torch.long, device=device)
+    rows = {row: list(prompt_ids) for row in range(samples)}  # those that are still written
+    texts = [""] * samples
+    for tokens, prediction in generate_steps(model, ids, max_new_tokens, **sampling):
+        for row in list(rows):
+            token = int(tokens[row])
+            if token == tokenizer.eos_id or token >= tokenizer.vocab_size:
+                del rows[row]
+                continue
+            rows[row].append(token)
+            if watch:
+                watch(row, token, prediction)
+            texts[row] = tokenizer.decode(rows[row]).removeprefix(before)
+            if stop and (end := stop.search(texts[row])):
+                texts[row] = texts[row][: end.start()]
+                del rows[row]
+        if not rows:
+            break
+    return texts
 
 
-# ------------------------------------------------------------------------------ the command line
+def describe_thought(
+    prediction: Prediction, row: int, token: int, tokenizer: Tokenizer
+) -> tuple[str, float]:
+    """The thought of a sequence, its w and log p of a token without and with it, and the gain.
+
+    Returns the text, and by how many nats the thought raised log p.
+    """
+    without, with_thought = (
+        torch.log_softmax(logits[row], dim=-1)[token].item()
+        for logits in (prediction.base_logits, prediction.logits)
+    )
+    thought = tokenizer.spell(prediction.thought_ids[row].tolist())
+    gain, weight = with_thought - without, prediction.weight[row].item()
+    logp = f"log p {without:.3f} -> {with_thought:.3f} ({gain:+.3f})"
+    return f"thought {thought!r}  w {weight:.3f}  {logp}", gain
+
+
+def paint(text: str, gain: float) -> str:
+    """The text in blue if its thought raised log p by 0.03 nats or more, orange if it lowered it.
+
+    Unpainted unless standard output is a terminal; NO_COLOR turns it off (no-color.org).
+    """
+    if abs(gain) < 0.03 or os.environ.get("NO_COLOR") or not sys.stdout.isatty():
+        return text
+    return f"\x1b[38;5;{33 if gain > 0 else 208}m{text}\x1b[0m"
+
+
+# ------------------------------------------------- what all commands share, those of tools/ too
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -131,78 +160,31 @@ def pick_device(name: str | None) -> torch.device:
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device).tolist()
+        return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {name} cannot be used: {reason}") from None
-    return device
 
 
-def check_belongs(tokenizer: Tokenizer, vocab_size: int, folder: Path) -> None:
-    """ValueError if a model with vocab_size embeddings was not made for this tokenizer.
+def load(
+    folder: str | Path, device: torch.device, dtype: torch.dtype | None = None
+) -> tuple[Mistral | QuietStar, Tokenizer]:
+    """The plain or thinking model in a folder, and its tokenizer.
 
-    A few rows more than tokens are common: padding to a round number, or appended meta tokens.
+    dtype None is that of the file, but float32 on a CPU. Raises ValueError if there is no model, or
+    if the two do not belong together: a few rows more than tokens are common (padding to a round
+    number, appended meta tokens), others are not.
     """
+    vocab_size = read_config(Path(folder)).vocab_size
+    tokenizer = load_tokenizer(folder)
     if not tokenizer.vocab_size <= vocab_size < tokenizer.vocab_size + 256:
         raise ValueError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens and the model "
             f"{vocab_size}; put the tokenizer that belongs to the checkpoint into its folder"
         )
-
-
-def load_any(
-    folder: str | Path, device: torch.device, dtype: torch.dtype | None = None
-) -> tuple[Mistral | QuietStar, Tokenizer]:
-    """The plain or thinking model in a folder, and its tokenizer.
-
-    dtype None is that of the file, but float32 on a CPU. Raises ValueError if there is no model or
-    the two do not belong together.
-    """
-    folder = Path(folder)
-    vocab_size = read_config(folder).vocab_size
-    tokenizer = load_tokenizer(folder)
-    check_belongs(tokenizer, vocab_size, folder)
     if dtype is None and device.type == "cpu":  # bfloat16 is slow on most CPUs
         dtype = torch.float32
-    return (load_quiet_star if thinks(folder) else load_mistral)(folder, dtype, device), tokenizer
-
-
-def paint(text: str, gain: float) -> str:
-    """The text in the colour that its gain in nats has on the page: blue raised, orange lowered.
-
-    Unpainted unless standard output is a terminal; NO_COLOR turns it off (no-color.org).
-    """
-    size = level(gain)
-    if not size or os.environ.get("NO_COLOR") or not sys.stdout.isatty():
-        return text
-    style = "1;" if abs(size) >= STRONG else ""  # bold
-    return f"\x1b[{style}38;5;{33 if size > 0 else 208}m{text}\x1b[0m"
-
-
-def describe_thought(
-    prediction: Prediction, index: tuple[int, ...], token: int, tokenizer: Tokenizer
-) -> tuple[str, float]:
-    """The thought at an index of a prediction, its w and log p of a token without and with it.
-
-    Returns the text, and by how many nats the thought raised log p.
-    """
-    without, with_thought = (
-        torch.log_softmax(logits[index], dim=-1)[token].item()
-        for logits in (prediction.base_logits, prediction.logits)
-    )
-    thought = tokenizer.spell(prediction.thought_ids[index].tolist())
-    weight = prediction.weight[index].item()
-    text = f"thought {thought!r}  w {weight:.3f}  log p {without:.3f} -> {with_thought:.3f}"
-    return text, with_thought - without
-
-
-def show_thought(step: Step, row: int, tokenizer: Tokenizer) -> str:
-    """A line on one generated token: its thought, w, and what the thought did to its log p."""
-    token = step.token[row].item()
-    text, gain = describe_thought(step.prediction, (row,), token, tokenizer)
-    shown = f"{tokenizer.spell([token])!r:>12}"
-    return f"{paint(shown, gain)}  {text} ({paint(f'{gain:+.3f}', gain)})"
+    return load_any(folder, dtype, device), tokenizer
 
 
 def show_status(line: str, done: int, total: int, file: TextIO) -> None:
@@ -220,11 +202,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     )
 
 
-def execute(
-    parser: argparse.ArgumentParser,
-    run: Callable[[argparse.Namespace], None],
-    arguments: list[str] | None,
-) -> None:
+def execute(parser: argparse.ArgumentParser, run: Callable, arguments: list[str] | None) -> None:
     """Run a command; a bad input is one line on standard error and exit code 2."""
     options = parser.parse_args(arguments)
     try:
@@ -239,119 +217,51 @@ def execute(
         parser.exit(130, f"{parser.prog}: stopped\n")
 
 
-# What --prompt and --text take beside --seed and --device, with the defaults.
-OF_PROMPT = {
-    "max_new_tokens": 16,
-    "temperature": 1.0,
-    "top_p": 1.0,
-    "greedy": False,
-    "samples": 1,
-    "show_thoughts": False,
-}
-OF_TEXT = {"html": None, "context": 256}
-
-
-def check_options(options: argparse.Namespace) -> None:
-    """ValueError for options that do not go together."""
-    if (options.prompt is None) == (options.text is None):
-        raise ValueError(
-            "give either --prompt, to continue it, or --text, to see thoughts about it"
-        )
-    taken, other = ("--text", OF_PROMPT) if options.prompt is None else ("--prompt", OF_TEXT)
-    odd = [name for name, default in other.items() if getattr(options, name) != default]
-    if odd:
-        raise ValueError(f"{taken} does not go with --{odd[0].replace('_', '-')}; leave one out")
-    if options.text is not None and options.html is None:
-        raise ValueError("--text needs --html, the file to write the page into")
-    if options.html is not None and not Path(options.html).absolute().parent.is_dir():
-        raise ValueError(f"--html {options.html}: its folder does not exist; make it first")
-    if options.html is not None and Path(options.html).is_dir():
-        raise ValueError(f"--html {options.html} is a folder; give the name of a file")
-    if options.samples < 1 or not 0 <= options.seed < 2**63:
-        raise ValueError("--samples must be at least 1 and --seed a whole number from 0")
+# ------------------------------------------------------------------------------ the command line
 
 
 def run(options: argparse.Namespace) -> None:
-    """Load a model; write a page of its thoughts, or let it continue a prompt."""
-    check_options(options)
-    model, tokenizer = load_any(options.model, pick_device(options.device))
-    if (options.text is not None or options.show_thoughts) and not isinstance(model, QuietStar):
-        raise ValueError(f"{options.model} is a plain model: it has no thoughts to show")
-    if isinstance(model, QuietStar) and options.text is not None:
-        write_page(model, tokenizer, options)
-    else:
-        continue_prompt(model, tokenizer, options)
-
-
-def write_page(model: QuietStar, tokenizer: Tokenizer, options: argparse.Namespace) -> None:
-    """Let the model think about a text and write the page."""
-    text = data.tokenize(data.read_documents([options.text]), tokenizer)
-    text = data.Tokens(*(x.to(next(model.parameters()).device) for x in (text.ids, text.is_target)))
-    generator = torch.Generator().manual_seed(options.seed)
-    records, count = [], len(text.ids)
-    for record in read_thoughts(model, tokenizer, text, options.context, generator):
-        records.append(record)
-        show_status(f"{len(records)} of {count} tokens", len(records), count, sys.stderr)
-    config = model.config
-    note = (
-        f"{config.n_thoughts} thoughts of {config.thought_length} tokens after every token, "
-        f"sampled at temperature 1 with seed {options.seed}; the text is read in sequences of "
-        f"{options.context} tokens, each on its own."
-    )
-    page = render(records, f"Thoughts of {options.model} on {options.text}", note, config)
-    write_text(Path(options.html), page)
-
-
-def continue_prompt(
-    model: Mistral | QuietStar, tokenizer: Tokenizer, options: argparse.Namespace
-) -> None:
     """Continue a prompt and print the thoughts, if asked, and the texts."""
-    prompt = tokenizer.encode(options.prompt, bos=tokenizer.adds_bos)
-    device = next(model.parameters()).device
-    ids = torch.tensor([prompt] * options.samples, dtype=torch.long, device=device)
-    steps = generate_steps(
+    if options.samples < 1 or not 0 <= options.seed < 2**63:
+        raise ValueError("--samples must be at least 1 and --seed a whole number from 0")
+    model, tokenizer = load(options.model, pick_device(options.device))
+    if options.show_thoughts and not isinstance(model, QuietStar):
+        raise ValueError(f"{options.model} is a plain model: it has no thoughts to show")
+
+    def show(row: int, token: int, prediction: Prediction) -> None:
+        text, gain = describe_thought(prediction, row, token, tokenizer)
+        shown = paint(f"{tokenizer.spell([token])!r:>12}", gain)
+        print(f"sample {row + 1}  {shown}  {text}", flush=True)
+
+    texts = write(
         model,
-        ids,
+        tokenizer,
+        options.prompt,
         options.max_new_tokens,
-        0.0 if options.greedy else options.temperature,
-        options.top_p,
-        torch.Generator().manual_seed(options.seed),
+        options.samples,
+        watch=show if options.show_thoughts else None,
+        temperature=0.0 if options.greedy else options.temperature,
+        top_p=options.top_p,
+        generator=torch.Generator().manual_seed(options.seed),
     )
-    finished = torch.zeros(options.samples, dtype=torch.bool, device=device)
-    eos_id = -1 if tokenizer.eos_id is None else tokenizer.eos_id
-    written: list[list[int]] = [[] for _ in range(options.samples)]
-    for step in steps:
-        finished |= (step.token == eos_id) | (step.token >= tokenizer.vocab_size)  # no token
-        if finished.all():
-            break
-        for row in (~finished).nonzero().flatten().tolist():
-            written[row].append(step.token[row].item())
-            if options.show_thoughts:
-                print(f"sample {row + 1}  {show_thought(step, row, tokenizer)}", flush=True)
-    for tokens in written:
-        print(tokenizer.decode(prompt + tokens))
+    for text in texts:
+        print(options.prompt + text)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = make_parser(__doc__)
-    parser.set_defaults(**OF_PROMPT, **OF_TEXT)
     add = parser.add_argument
     add("--model", required=True, metavar="FOLDER", help="checkpoint folder, plain or thinking")
+    add("--prompt", required=True, help="the text to continue")
+    add("--max-new-tokens", type=int, default=16, help="tokens to write (16)")
+    add("--temperature", type=float, default=1.0, help="of sampling; 0 is greedy (1.0)")
+    add("--top-p", type=float, default=1.0, help="sample among the likeliest tokens only (1.0)")
+    add("--greedy", action="store_true", help="the same as --temperature 0")
+    add("--samples", type=int, default=1, help="continuations at once (1)")
+    add("--show-thoughts", action="store_true", help="print the thought before every token")
     add("--seed", type=int, default=0, help="of the sampling (0)")
     add("--device", help="cpu, cuda, mps; none: the best there is")
-    add = parser.add_argument_group("continue a prompt").add_argument
-    add("--prompt", help="the text to continue")
-    add("--max-new-tokens", type=int, help="tokens to write (16)")
-    add("--temperature", type=float, help="of sampling; 0 is greedy (1.0)")
-    add("--top-p", type=float, help="sample among the likeliest tokens only (1.0)")
-    add("--greedy", action="store_true", help="the same as --temperature 0")
-    add("--samples", type=int, help="continuations at once (1)")
-    add("--show-thoughts", action="store_true", help="print the thought before every token")
-    add = parser.add_argument_group("look at the thoughts about a text").add_argument
-    add("--text", metavar="FILE", help="text or .jsonl file")
-    add("--html", metavar="FILE", help="page to write")
-    add("--context", type=int, help="tokens in a sequence (256)")
     execute(parser, run, arguments)
 
 

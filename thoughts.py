@@ -1,56 +1,53 @@
 """Quiet-STaR: think before every token, keep what helps (Zelikman et al. 2024, arXiv 2403.09629).
 
-After every position j of a text a thought is sampled, at all positions in parallel; the prediction
-made after the thought is mixed with the one made without it; REINFORCE makes thoughts likelier
-that made the true text likelier.
+Algorithm 1 of the paper, for a text x_0 .. x_{T-1} and all its positions j in parallel, with
+a = 0 .. A-1 true tokens ahead:
 
-                       x_0 .. x_j | start  t_1 .. t_K  end  x_{j+1} .. x_{j+A-1}      (one thought)
-    step s                        |   1    2 .. K+1   K+2   K+3  ..  K+A+1
+    1 base    h_init_j: the state after x_0 .. x_j                       QuietStar.forward   (4.1)
+    2 think   sample N thoughts of K tokens after x_0 .. x_j, start      QuietStar.think     (4.2)
+    3 talk    h_thought_{j,a}: after thought, end, x_{j+1} .. x_{j+a}    QuietStar.talk      (4.4)
+    4 mix     log p_talk = w log p_init_{j+a} + (1 - w) log p_thought    mixing_weight, mix  (4.3)
+    5 reward  r_j: by how much a thought beat its siblings               reward              (4.4)
+    6 loss    L = c L_base + (1 - c) L_NLL + policy_weight L_REINFORCE   quiet_star_loss     (4.4)
+
+The steps of one thought (which keys each of them sees, Figure 3, is thought_mask):
+
+                       x_0 .. x_j | start  t_1 .. t_K  end  x_{j+1} .. x_{j+A-1}
+    step                          |   1    2 .. K+1   K+2   K+3  ..  K+A+1
     rotary position    0   ..  j  |  j+1              ...              j+K+A+1
     what its output predicts      |  t_1   t_2 ..  -  x_{j+1}   ..   x_{j+A}
 
-Letters of the shape comments, beside those of model.py (the paper's name in brackets):
+At the start w = 1: no thought is heard, only the last layer of the mixing head learns, and then the
+rest. Letters of the shape comments, beside those of model.py (the paper's names in brackets):
     N    thoughts per position [n_thoughts]
     K    sampled tokens of a thought, without start and end [t]
     A    true tokens ahead that a thought is scored on [n_true]
     J    positions that think: all that have A targets, or any subset
-    P    J * N thoughts of a sequence as rows, the N of a position next to each other
-    R    B * Hkv, heads of keys in the whole batch; G = H / Hkv queries share one
-    S    K + A + 1 steps of a thought, s of them so far
+    NJ   N * J thoughts as one axis, those of one i < N side by side
 
-Positions are 0-based here: position j has read ids[:, : j + 1] and predicts ids[:, j + 1].
-"nll" is a negative log-likelihood in nats, "logp" a log-probability in nats.
-
-The file reads bottom-up: config, pure functions (the equations), the module, loading and saving.
+Positions are 0-based: position j has read ids[:, : j + 1] and predicts ids[:, j + 1]. "nll" is a
+negative log-likelihood, "logp" a log-probability, both in nats.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from safetensors.torch import save_file
+from torch import Tensor, einsum, nn
 
+from data import check_at_least, read_json, settings_from, write_file, write_json
 from model import (
-    Cache,
+    KVCache,
     Mistral,
-    at_least_float32,
-    build_mistral,
+    assign_weights,
     in_window,
-    load_weights,
-    open_tensors,
-    read_config,
-    read_json,
+    load_mistral,
     read_tensors,
     read_weights,
     save_mistral,
-    weight_files,
-    write_json,
-    write_tensors,
 )
 
 NEVER = -1e10  # logit of a meta token: probability 0 in float32, and no 0 * inf = NaN in a loss
@@ -58,13 +55,13 @@ NEVER = -1e10  # logit of a meta token: probability 0 in float32, and no 0 * inf
 
 @dataclass(frozen=True)
 class ThoughtConfig:
-    """How a model thinks and what it learns from it. Numbers default to the paper's."""
+    """How a model thinks and what it learns from it; the authors' numbers for Mistral 7B."""
 
     n_thoughts: int = 2  # thoughts sampled at every position (N)
     thought_length: int = 9  # sampled tokens of a thought, start and end not counted (K)
     n_true: int = 4  # true tokens ahead that a thought is scored on (A)
-    start_id: int | None = None  # id of <|startofthought|>; none: outside the vocabulary
-    end_id: int | None = None  # id of <|endofthought|>; none: outside the vocabulary
+    start_id: int | None = None  # id of <|startofthought|>; none: V, outside the vocabulary
+    end_id: int | None = None  # id of <|endofthought|>; none: V + 1, likewise
     init_id: int | None = None  # token whose embedding both begin as, the em dash; none: random
     embedding_scale: float = 100.0  # both are stored divided by this: Adam moves them faster
     reinforce_temperature: float = 3.0  # of log p(thought) in REINFORCE; sampling has its own
@@ -73,24 +70,10 @@ class ThoughtConfig:
     drop_negative: bool = True  # learn only from thoughts that beat the mean of their position
 
     def __post_init__(self):
-        allowed = {
-            "n_thoughts": (self.n_thoughts >= 1, "at least 1"),
-            "thought_length": (self.thought_length >= 0, "at least 0"),
-            "n_true": (self.n_true >= 1, "at least 1"),
-            "embedding_scale": (0 < self.embedding_scale < math.inf, "positive"),
-            "reinforce_temperature": (0 < self.reinforce_temperature < math.inf, "positive"),
-            "base_weight": (0 <= self.base_weight <= 1, "between 0 and 1"),
-            "policy_weight": (0 <= (self.policy_weight or 0) < math.inf, "at least 0"),
-            "end_id": (self.end_id is None or self.end_id != self.start_id, "unlike start_id"),
-        }
-        check_settings(self, allowed)
-
-
-def check_settings(settings: object, allowed: dict[str, tuple[bool, str]]) -> None:
-    """ValueError for the first setting whose entry (whether it is allowed, what is) is False."""
-    for name, (good, what) in allowed.items():
-        if not good:
-            raise ValueError(f"{name} is {getattr(settings, name)}; it must be {what}")
+        check_at_least(self, n_thoughts=1, thought_length=0, n_true=1, policy_weight=0)
+        check_at_least(self, embedding_scale=1e-9, reinforce_temperature=1e-9, base_weight=0)
+        if self.base_weight > 1:
+            raise ValueError(f"base_weight is {self.base_weight}; it must be between 0 and 1")
 
 
 class Output(NamedTuple):
@@ -101,292 +84,103 @@ class Output(NamedTuple):
     base_nll: Tensor  # [B, T-1] of ids[:, 1:] without thoughts; 0 where it is no target
     talk_nll: Tensor  # [A, B, N, J] of ids[:, j+1+a] after the thought at j; 0 where not valid
     weight: Tensor  # [A, B, N, J] the mixing weight w: 1 = the thought is ignored
-    valid: Tensor  # [A, B, J] bool: the target exists and is one
+    valid: Tensor  # [A, B, J] bool: ids[:, j+1+a] exists, and target_mask allows it as a target
     positions: Tensor  # [J] int64
     target_mask: Tensor  # [B, T] bool
 
 
-class Counts(NamedTuple):
-    """How many entries the means of the loss run over: the whole batch's, if it is split."""
-
-    base: int  # targets predicted without thought
-    positions: int  # (sequence, thinking position) that have all A targets
+# ------------------------------------------------------------------- 2 think: what a thought sees
 
 
-# ----------------------------------------------------------------------- which keys a thought sees
+def thought_mask(origin: Tensor, step: int, T: int, window: int | None) -> Tensor:
+    """Figure 3 of the paper as a function: which keys step `step` of some thoughts sees.
 
-
-def text_visible(positions: Tensor, step: int, T: int, window: int | None) -> Tensor:
-    """Which text keys step `step` of the thoughts at `positions` sees -> [J, T] bool.
-
-    Paper: section 4.2. The text up to the thought's origin j, within the sliding window as
-    counted from the step's rotary position j + step. (Who lets a thought see more must widen
-    attention_blocks too: it leaves out what nobody sees.)
+    origin [thoughts]: the position after which each began -> [thoughts, T + step] bool: of the
+    text's T keys, and of the keys of the thought's own steps 1 .. step. It sees the text up to its
+    origin and its own thought so far; no other thought, nothing of the text that it is to foretell.
+    Both within the sliding window, counted from its rotary position origin + step.
     """
-    keys = torch.arange(T, device=positions.device)
-    before = keys <= positions[:, None]  # [J, T]
-    return before & in_window(positions[:, None] + step, keys, window)
+    text = torch.arange(T, device=origin.device)
+    own = origin[:, None] + torch.arange(1, step + 1, device=origin.device)  # [thoughts, step]
+    rotary = origin[:, None] + step  # [thoughts, 1]
+    sees_text = (text <= origin[:, None]) & in_window(rotary, text, window)  # [thoughts, T]
+    return torch.cat([sees_text, in_window(rotary, own, window)], dim=1)
 
 
-def parallel_thought_mask(
-    T: int, positions: Tensor, n_thoughts: int, steps: int, window: int | None = None
-) -> Tensor:
-    """The paper's Figure 3 as a matrix: may this row look at that column? [M, M] bool.
+class ThoughtCache:
+    """What a query of a thought sees: keys of the text, and those of its own thought so far.
 
-    M = T + J * N * steps: the text, then every thought's steps, ordered by origin, thought, step.
-    The oracle of the tests; the implementation never builds it.
-    """
-    text = torch.arange(T)
-    origin = positions.cpu().repeat_interleave(n_thoughts * steps)
-    thought = torch.arange(len(positions) * n_thoughts).repeat_interleave(steps)
-    step = torch.arange(1, steps + 1).repeat(len(positions) * n_thoughts)
-    nobody = torch.full((T,), -1)
-
-    rotary = torch.cat([text, origin + step])  # [M] positions as the rotary embedding counts them
-    sees_text_up_to = torch.cat([text, origin])
-    owner = torch.cat([nobody, thought])
-    is_text = owner == -1
-    up_to_origin = is_text & (rotary <= sees_text_up_to[:, None])
-    same_owner = owner == owner[:, None]
-    return (up_to_origin | same_owner) & in_window(rotary[:, None], rotary, window)
-
-
-class Block(NamedTuple):
-    """Some thoughts, next to each other, and the stretch of the text that any of them sees."""
-
-    rows: slice  # of the P thoughts
-    keys: slice  # of the T text keys
-
-
-def attention_blocks(
-    positions: Tensor, n_thoughts: int, window: int | None, size: int = 64
-) -> list[Block]:
-    """Cut the J positions into blocks of `size`, with the keys that any step of them may see.
-
-    On average half of the text comes after a position, and its thoughts must not see it: whole
-    blocks of it need not be multiplied at all. (Positions in rising order profit; any are right.)
-    The oldest key in a window is that of the first step, whose rotary position is j + 1.
-    """
-    blocks = []
-    for start, block in enumerate(positions.cpu().split(size)):
-        first = start * size * n_thoughts
-        low, high = int(block.min()), int(block.max())
-        oldest = 0 if window is None else min(max(low + 2 - window, 0), high)  # at least one key
-        rows = slice(first, first + len(block) * n_thoughts)
-        blocks.append(Block(rows, slice(oldest, high + 1)))
-    return blocks
-
-
-FUSED = ("cpu",)  # devices on which PyTorch's fused attention is used (a private operator)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention of q [R, G, p, Dh] over keys k and values v [R, t, Dh] with bias [p, t].
-
-    Returns what is attended to, like q, and lse [R, G, p], the logarithm of the softmax'
-    denominator: with it, attention over more keys can be put together from parts. PyTorch's public
-    fused attention does not return it; its kernel for the CPU does, and never writes the scores to
-    memory. Elsewhere the last three lines do the same.
-    """
-    k, v = (x[:, None].expand(-1, q.shape[1], -1, -1) for x in (k, v))  # the same for all G
-    if q.device.type in FUSED:
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias)
-    scores = at_least_float32(q @ k.mT) / math.sqrt(q.shape[-1]) + bias
-    lse = scores.logsumexp(-1)
-    return torch.exp(scores - lse[..., None]).to(v.dtype) @ v, lse
-
-
-def attend_backward(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bias: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v of attend, where out and lse are those over these keys *and* more.
-
-    The probabilities are computed again, as FlashAttention does (Dao et al. 2022,
-    arXiv 2205.14135):
-
-        P = exp(q k' / sqrt(Dh) - lse)    dS = P * (do v' - sum(do * o)) / sqrt(Dh)
-        dq = dS k    dk = dS' q    dv = P' do
-    """
-    k, v = (x[:, None].expand(-1, q.shape[1], -1, -1) for x in (k, v))
-    if q.device.type in FUSED:
-        d_q, d_k, d_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            d_out, q, k, v, out, lse, 0.0, False, attn_mask=bias
-        )
-    else:
-        scale = 1 / math.sqrt(q.shape[-1])
-        p = torch.exp(at_least_float32(q @ k.mT) * scale + bias - lse[..., None])
-        overlap = at_least_float32(d_out * out).sum(-1, keepdim=True)
-        d_scores = (p * (d_out @ v.mT - overlap) * scale).to(q.dtype)
-        d_q, d_k, d_v = d_scores @ k, d_scores.mT @ q, p.to(q.dtype).mT @ d_out
-    return d_q, d_k.sum(1), d_v.sum(1)
-
-
-def own_scores(q: Tensor, k: Tensor) -> Tensor:
-    """Scores [R, P, s, G] of every row's G queries [R, G, P, Dh] for its own keys [R, P, s, Dh]."""
-    return at_least_float32(k @ q.permute(0, 2, 3, 1)) / math.sqrt(q.shape[-1])
-
-
-class _ThoughtAttention(torch.autograd.Function):
-    """The trick of this file: attention that keeps no probabilities, and every key once.
-
-    One softmax runs over the text's keys, which all thoughts share, and over the thought's own, of
-    which every row has others. Each part is attended to on its own; exp(lse of the part - lse of
-    both) puts them together, and since a part's gradient needs only the lse of both, the backward
-    pass takes the parts one by one again.
-
-    own [2, R, P, S, Dh] has a slot for the key and the value of every step. A step writes its slot
-    in place and hands the tensor on. On the way back it receives what the steps after it have to
-    say on the slots up to its own, and adds to that.
+    All N thoughts at all J positions take a step together, as the NJ queries of one pass. The
+    text's keys stand once for all of them; each thought has its own keys besides. Paper: section
+    4.2. (fast/ computes the same attention for less.)
     """
 
-    @staticmethod
-    def forward(ctx, q, k, v, text_k, text_v, own, step, window, bias, blocks):
-        own[:, :, :, step - 1] = torch.stack([k, v])
-        ctx.mark_dirty(own)
-        out, text_lse = torch.empty_like(q), at_least_float32(torch.empty_like(q[..., 0]))
-        for rows, keys in blocks:
-            out[:, :, rows], text_lse[:, :, rows] = attend(
-                q[:, :, rows], text_k[:, keys], text_v[:, keys], bias[rows, keys]
-            )
-        slots = slice(max(step - window, 0) if window else 0, step)  # the thought's own window
-        own_k, own_v = own[:, :, :, slots]  # [R, P, s, Dh]
-        scores = own_scores(q, own_k)  # [R, P, s, G]
-        lse = torch.logaddexp(text_lse, scores.logsumexp(2).mT)  # [R, G, P]
-        p = torch.exp(scores - lse.mT[:, :, None]).to(q.dtype)  # of the softmax over both parts
-        out.mul_(torch.exp(text_lse - lse)[..., None]).add_((p.mT @ own_v).transpose(1, 2))
-        ctx.save_for_backward(q, text_k, text_v, bias, out, lse)
-        # Not saved for backward: later steps write other slots, which its version check refuses.
-        ctx.own, ctx.slots, ctx.blocks = own.detach(), slots, blocks
-        return out, own
+    def __init__(self, text: KVCache, positions: Tensor, config: ThoughtConfig):
+        self.text = text
+        self.origin = positions.repeat(config.n_thoughts)  # [NJ]
+        self.own: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys, values of thoughts' steps
 
-    @staticmethod
-    def backward(ctx, d_out, d_own):
-        q, text_k, text_v, bias, out, lse = ctx.saved_tensors
-        d_q, d_text_k, d_text_v = torch.empty_like(q), *map(torch.zeros_like, (text_k, text_v))
-        for rows, keys in ctx.blocks:
-            d_o, x, o, denominator = (y[:, :, rows] for y in (d_out, q, out, lse))
-            d_q[:, :, rows], d_k, d_v = attend_backward(
-                d_o, x, text_k[:, keys], text_v[:, keys], o, denominator, bias[rows, keys]
-            )
-            d_text_k[:, keys] += d_k
-            d_text_v[:, keys] += d_v
-        own_k, own_v = ctx.own[:, :, :, ctx.slots]  # [R, P, s, Dh]
-        p = torch.exp(own_scores(q, own_k) - lse.mT[:, :, None])  # [R, P, s, G]
-        overlap = at_least_float32(d_out * out).sum(-1).mT[:, :, None]  # [R, P, 1, G]
-        d_scores = p * (own_v @ d_out.permute(0, 2, 3, 1) - overlap) / math.sqrt(q.shape[-1])
-        d_scores, p = d_scores.to(q.dtype), p.to(q.dtype)
-        d_q += (d_scores.mT @ own_k).transpose(1, 2)
-        d_own[0, :, :, ctx.slots] += d_scores @ q.transpose(1, 2)
-        d_own[1, :, :, ctx.slots] += p @ d_out.transpose(1, 2)
-        d_k, d_v = d_own[:, :, :, ctx.slots.stop - 1]  # complete; no step before reads this slot
-        return d_q, d_k, d_v, d_text_k, d_text_v, d_own, None, None, None, None
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """One step of all thoughts in a layer: q [B, H, NJ, Dh] -> the same shape.
+
+        k, v [B, Hkv, NJ, Dh] are the step's own key and value, which the cache keeps.
+        """
+        k, v = k[:, :, :, None], v[:, :, :, None]  # [B, Hkv, NJ, 1, Dh]
+        if layer in self.own:
+            before_k, before_v = self.own[layer]
+            k, v = torch.cat([before_k, k], dim=3), torch.cat([before_v, v], dim=3)
+        self.own[layer] = k, v  # [B, Hkv, NJ, step, Dh]
+        text_k, text_v = self.text.layers[layer]  # [B, Hkv, T, Dh]
+        T, step = text_k.shape[2], k.shape[3]
+
+        q = q.unflatten(1, (k.shape[1], -1)) / math.sqrt(q.shape[-1])  # [B, Hkv, H/Hkv, NJ, Dh]
+        # h: heads of keys, g: queries that share one, i: thoughts, t: text, s: steps, d: head size
+        to_text = einsum("bhgid,bhtd->bhgit", q, text_k)  # the same keys for all thoughts
+        to_own = einsum("bhgid,bhisd->bhgis", q, k)  # every thought's own
+        visible = thought_mask(self.origin, step, T, self.text.window)  # [NJ, T + step]
+        scores = torch.cat([to_text, to_own], dim=-1).masked_fill(~visible, -math.inf)
+        p = scores.float().softmax(-1).to(q.dtype)  # one softmax over both kinds of keys
+        p_text, p_own = p.split([T, step], dim=-1)
+        out = einsum("bhgit,bhtd->bhgid", p_text, text_v) + einsum("bhgis,bhisd->bhgid", p_own, v)
+        return out.flatten(1, 2)  # [B, H, NJ, Dh]
 
 
-def thought_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    text: tuple[Tensor, Tensor],
-    own: Tensor,
-    step: int,
-    window: int | None,
-    bias: Tensor,
-    blocks: list[Block],
-) -> tuple[Tensor, Tensor]:
-    """Attention of one step of all thoughts: q [B, H, P, Dh] -> [B, H, P, Dh], and own.
-
-    k, v [B, Hkv, P, Dh]: the step's own key and value. text: keys and values [B, Hkv, T, Dh] of
-    the base pass. own [2, B * Hkv, P, steps, Dh]: those of the thoughts' steps before; afterwards
-    with this one's. bias [P, T]: 0 where the text is visible, the smallest finite number where
-    not. blocks: see attention_blocks.
-
-    Paper: section 4.2 and Figure 3. Ours: the text's keys are multiplied once for all thoughts and
-    nobody's keys are copied, so a step costs at most T + s keys a row, where the masked matrix of
-    the paper has T * (s + 1).
-    """
-    heads = k.shape[:2]
-    grouped = q.unflatten(1, (heads[1], -1)).flatten(0, 1)  # [R, G, P, Dh]
-    folded = (x.flatten(0, 1) for x in (k, v, *text))  # [R, P or T, Dh]
-    out, own = _ThoughtAttention.apply(grouped, *folded, own, step, window, bias, blocks)
-    return out.unflatten(0, heads).flatten(1, 2), own
-
-
-# ----------------------------------------------------------------------------------- the equations
+# ------------------------------------------------------------------------ 2 think: which token next
 
 
 def token_logits(h: Tensor, head: Tensor, excluded: tuple[int, ...] = ()) -> Tensor:
     """Logits [..., V] in float32 of hidden states h [..., D] under head [V, D].
 
-    The tokens in excluded get the logit NEVER.
+    The tokens in excluded (meta tokens, where one is to be sampled) get the logit NEVER.
     """
-    logits = at_least_float32(h @ head.mT)
+    logits = (h @ head.mT).float()
     if excluded:
         logits[..., list(excluded)] = NEVER
     return logits
 
 
-def at_temperature(logits: Tensor, temperature: float) -> Tensor:
-    """logits / temperature; at 1 the logits themselves, for they are large."""
-    return logits if temperature == 1 else logits / temperature
-
-
-class _TokenLogp(torch.autograd.Function):
-    """The other trick: log p of given tokens without keeping logits over V for the backward pass.
-
-    log p = log_softmax(logits / temperature)[ids], and backward, with logits computed again,
-    d logits = (onehot(ids) - softmax(logits / temperature)) / temperature * d log p.
-    """
-
-    @staticmethod
-    def forward(ctx, h, head, logits, ids, excluded, temperature):
-        ctx.save_for_backward(h, head, ids)
-        ctx.excluded, ctx.temperature = excluded, temperature
-        logp = torch.log_softmax(at_temperature(logits, temperature), dim=-1)
-        return logp.gather(-1, ids[..., None]).squeeze(-1)
-
-    @staticmethod
-    def backward(ctx, d_logp):
-        h, head, ids = ctx.saved_tensors
-        used = d_logp != 0  # dropped rewards and missing targets need no work
-        rows, scale = h[used], d_logp[used][:, None] / ctx.temperature  # [rows, D], [rows, 1]
-        logits = at_temperature(token_logits(rows, head, ctx.excluded), ctx.temperature)
-        p = torch.softmax(logits, dim=-1)
-        d_logits = p.mul_(-scale).scatter_add_(-1, ids[used][:, None], scale).to(head.dtype)
-        d_h = torch.zeros_like(h)
-        d_h[used] = d_logits @ head
-        return d_h, d_logits.mT @ rows, None, None, None, None
-
-
-def token_logp(
-    h: Tensor,
-    head: Tensor,
-    ids: Tensor,
-    excluded: tuple[int, ...] = (),
-    temperature: float = 1.0,
-    logits: Tensor | None = None,
-) -> Tensor:
-    """log p of tokens ids [...] predicted from h [..., D] under head [V, D] -> [...] in nats.
-
-    logits: token_logits(h, head, excluded), where the caller has them already.
-    """
-    if logits is None:
-        with torch.no_grad():
-            logits = token_logits(h, head, excluded)
-    return _TokenLogp.apply(h, head, logits, ids, excluded, temperature)
+def token_logp(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Tensor:
+    """log p of tokens ids [...] under softmax(logits [..., V] / temperature) -> [...] in nats."""
+    logp = torch.log_softmax(logits / temperature, dim=-1)
+    return logp.gather(-1, ids[..., None]).squeeze(-1)
 
 
 def sample_tokens(logits: Tensor, uniform: Tensor) -> Tensor:
     """Draw a token from softmax(logits [..., V]) -> [...] int64.
 
-    uniform [...] in [0, 1) is the randomness. One number a token, drawn by the caller on the CPU:
-    a seed then means the same thoughts however a batch is split, up to rounding on every device.
+    uniform [...] in [0, 1) is the randomness. Ours: one number a token, drawn by the caller on the
+    CPU, so that a seed means the same thoughts however the sequences of a batch are split.
     """
-    p = torch.softmax(logits, dim=-1)
+    p = torch.softmax(logits.detach(), dim=-1)
     cdf = p.cumsum(-1)
     point = uniform[..., None] * cdf[..., -1:]  # below the sum: torch.rand is at most 1 - 2**-24
-    token = torch.searchsorted(cdf, point, right=True)  # [..., 1] never where p is 0,
-    possible = p.gather(-1, token.clamp(max=p.shape[-1] - 1)) > 0  # but if a GPU sums out of order
+    token = torch.searchsorted(cdf, point, right=True)  # [..., 1]
+    # A token of p = 0 is never drawn, unless a GPU sums out of order: then the likeliest is taken.
+    possible = p.gather(-1, token.clamp(max=p.shape[-1] - 1)) > 0
     return torch.where(possible, token, p.argmax(-1, keepdim=True)).squeeze(-1)
+
+
+# ------------------------------------------------------------------------------ 3 talk and 4 mix
 
 
 def mix(h_init: Tensor, h_thought: Tensor, weight: Tensor) -> Tensor:
@@ -407,140 +201,37 @@ def valid_targets(target_mask: Tensor, positions: Tensor, n_true: int) -> Tensor
     return mask.transpose(0, 1)
 
 
-def count_targets(target_mask: Tensor, positions: Tensor, n_true: int) -> Counts:
-    """The counts that quiet_star_loss divides by, for a batch with target_mask [B, T]."""
-    valid = valid_targets(target_mask, positions, n_true)  # [A, B, J]
-    return Counts(int(target_mask[:, 1:].sum()), int(valid.all(0).sum()))
+# -------------------------------------------------------------------------- the model that thinks
 
 
-def reward(talk_nll: Tensor, base_nll: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
-    """r_j [B, N, J] in nats: how much likelier a thought made the next A tokens than its siblings.
+class Prediction(NamedTuple):
+    """What comes next after a text, and what was thought before: QuietStar.think_last."""
 
-    talk_nll [A, B, N, J], base_nll [B, T-1], positions [J], valid [A, B, J] as in Output.
-    Paper: section 4.4. R_j = sum_a log p_talk(x_{j+1+a}), minus its mean over the N thoughts of
-    the position. A thought without siblings (N = 1) is compared with the base model's sum instead.
-    0 where a target is missing. A constant: no gradient. (The *metric* called reward compares with
-    the base model for any N.)
-    """
-    total = -talk_nll.detach().sum(0)  # [B, N, J] R_j
-    if total.shape[1] > 1:
-        r = total - total.mean(1, keepdim=True)
-    else:
-        r = total - base_total(base_nll, positions, valid)
-    return torch.where(valid.all(0)[:, None], r, 0.0)
-
-
-def base_total(base_nll: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
-    """sum_a log p_init(x_{j+1+a}) [B, 1, J] in nats over the valid targets: what R_j must beat."""
-    steps = torch.arange(len(valid), device=positions.device)[:, None]
-    nll = base_nll.detach()[:, (positions + steps).clamp(max=base_nll.shape[1] - 1)]  # [B, A, J]
-    return -(nll.transpose(0, 1) * valid).sum(0)[:, None]
-
-
-def quiet_star_loss(
-    output: Output, config: ThoughtConfig, counts: Counts | None = None
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of one step and its parts.
-
-        L = base_weight * L_base + (1 - base_weight) * L_NLL + policy_weight * L_REINFORCE
-        L_base      = - log p_init(x_{j+1})                  mean over targets
-        L_NLL       = - mean_a log p_talk_{j,a}(x_{j+1+a})   mean over valid positions and thoughts
-        L_REINFORCE = - r_j * log p(thought_j)               likewise; r_j a constant, its negatives
-                                                             set to 0 if drop_negative
-
-    A position is valid if it has all A targets: padding then changes nothing. counts: those of the
-    whole batch where output is a part of it, so that losses, gradients and metrics of the parts
-    add up to the batch's.
-
-    Paper: section 4.4; L_base and the two weights are the authors' code's. Metrics, detached
-    scalars: loss; base_nll, talk_nll and policy_loss, the three parts; reward, nats per thought by
-    which thoughts beat the base model: R_j minus its log p of the same tokens; weight, mean of w.
-    """
-    if counts is None:
-        counts = count_targets(output.target_mask, output.positions, config.n_true)
-    valid = output.valid.all(0)[:, None]  # [B, 1, J]
-    r = reward(output.talk_nll, output.base_nll, output.positions, output.valid)  # [B, N, J]
-    if config.drop_negative:
-        r = r.clamp(min=0)
-    base_sum = base_total(output.base_nll, output.positions, output.valid)  # [B, 1, J]
-
-    def mean(x: Tensor) -> Tensor:
-        """Mean of x [B, N, J] over thoughts and valid positions."""
-        return (x * valid).sum() / max(config.n_thoughts * counts.positions, 1)
-
-    base = output.base_nll.sum() / max(counts.base, 1)
-    talk = mean(output.talk_nll.mean(0))
-    policy = mean(-r * output.thought_logp.sum(-1))
-    policy_weight = config.policy_weight
-    if policy_weight is None:  # the authors' 1e6 is for the mean over the K tokens
-        policy_weight = 1e6 / max(config.thought_length, 1)
-    loss = config.base_weight * base + (1 - config.base_weight) * talk + policy_weight * policy
-    metrics = {
-        "loss": loss,
-        "base_nll": base,
-        "talk_nll": talk,
-        "policy_loss": policy,
-        "reward": mean(-output.talk_nll.sum(0) - base_sum),
-        "weight": mean(output.weight.float().mean(0)),
-    }
-    return loss, {name: value.detach() for name, value in metrics.items()}
-
-
-# -------------------------------------------------------------------------------------- the module
-
-
-def check_temperature(temperature: float) -> None:
-    """ValueError for a sampling temperature that is neither 0, greedy, nor one to divide by."""
-    if temperature != 0 and not 1e-3 <= temperature < math.inf:
-        raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or at least 0.001")
-
-
-def check_positions(positions: Tensor, last: int) -> None:
-    """ValueError for positions that are not [J] whole numbers in 0 .. last."""
-    whole = positions.dtype in (torch.int64, torch.int32)
-    inside = ((positions >= 0) & (positions <= last)).all()
-    if not whole or positions.dim() != 1 or not len(positions) or not inside:
-        raise ValueError(
-            f"positions must be whole numbers in 0 .. {last}, one dimension, at least one; "
-            f"given {positions.tolist()}"
-        )
-
-
-class Workspace(NamedTuple):
-    """What all steps of the thoughts of one forward pass share."""
-
-    positions: Tensor  # [J] where the thoughts begin
-    blocks: list[Block]
-    text: list[tuple[Tensor, Tensor]]  # each layer's keys and values of the base pass
-    own: list[Tensor]  # each layer's of the thoughts' steps, [2, R, P, S, Dh]
+    logits: Tensor  # [B, V] float32, mixed; meta tokens excluded
+    base_logits: Tensor  # [B, V] float32, without the thought
+    thought_ids: Tensor  # [B, K] int64
+    weight: Tensor  # [B] the mixing weight w
 
 
 class QuietStar(nn.Module):
-    """A Mistral that thinks. At initialisation it predicts exactly what the Mistral does.
+    """A Mistral that thinks. At initialisation it predicts exactly what the Mistral does."""
 
-    checkpointing: keep only the layers' inputs and what attention needs of every step, and compute
-    the rest again in the backward pass: a fraction of the memory for some more time (README).
-    """
+    # What forward uses; fast.apply puts others here that compute the same for less.
+    thought_cache = ThoughtCache
+    token_logits, token_logp = staticmethod(token_logits), staticmethod(token_logp)
 
-    def __init__(self, model: Mistral, config: ThoughtConfig, checkpointing: bool = False):
+    def __init__(self, model: Mistral, config: ThoughtConfig):
         super().__init__()
         self.model = model
         self.config = config
-        self.checkpointing = checkpointing
         D, V = model.config.hidden_size, model.config.vocab_size
-        for name in ("init_id", "start_id", "end_id"):
-            token = getattr(config, name)
-            if token is not None and token not in range(V):
-                raise ValueError(f"{name} is {token}; the model's tokens are 0 .. {V - 1}")
         self.start_id = V if config.start_id is None else config.start_id
         self.end_id = V + 1 if config.end_id is None else config.end_id
         self.excluded = tuple(token for token in (self.start_id, self.end_id) if token < V)
 
         table = model.embed_tokens.weight.detach()  # [V, D]
-        if config.init_id is None:
-            start, end = torch.randn(2, D, dtype=table.dtype, device=table.device) * table.std()
-        else:
-            start = end = table[config.init_id]
+        dash = None if config.init_id is None else table[config.init_id]  # section 4.4: em dash
+        start, end = torch.randn(2, D).to(table) * table.std() if dash is None else (dash, dash)
         self.start_embedding = nn.Parameter(start / config.embedding_scale)  # [D]
         self.end_embedding = nn.Parameter(end / config.embedding_scale)  # [D]
         self.mixing_head = nn.Sequential(
@@ -548,56 +239,29 @@ class QuietStar(nn.Module):
         ).to(table)
         nn.init.zeros_(self.mixing_head[4].weight)
 
-    def meta_embedding(self, stored: Tensor) -> Tensor:
-        """Meta tokens' embeddings [..., D] in use, from the stored parameters.
-
-        Paper: appendix A. Stored small and used large, so that Adam, whose steps have the size of
-        the learning rate, moves it embedding_scale times as far.
-        """
-        return stored * self.config.embedding_scale
-
     def embed_thought(self, ids: Tensor) -> Tensor:
-        """Embeddings [..., D] of a thought's tokens ids [...]: ordinary ones, start or end."""
-        stored = torch.stack([self.start_embedding, self.end_embedding])
-        start, end = self.meta_embedding(stored)
-        x = self.model.embed_tokens(ids.clamp(max=self.model.config.vocab_size - 1))  # V, V + 1 too
-        x = torch.where((ids == self.start_id)[..., None], start, x)
-        return torch.where((ids == self.end_id)[..., None], end, x)
+        """Embeddings [..., D] of a thought's tokens ids [...]: ordinary ones, start or end.
+
+        Paper: appendix A. Both are stored small and used large, so that Adam, whose steps have the
+        size of the learning rate, moves them embedding_scale times as far.
+        """
+        is_start, is_end = ids == self.start_id, ids == self.end_id
+        x = self.model.embed_tokens(ids.masked_fill(is_start | is_end, 0))
+        x = torch.where(is_start[..., None], self.start_embedding * self.config.embedding_scale, x)
+        return torch.where(is_end[..., None], self.end_embedding * self.config.embedding_scale, x)
 
     def mixing_weight(self, h_init: Tensor, h_thought: Tensor) -> Tensor:
         """w [...] = 1 - MLP([h_init ; h_thought]), both [..., D]. Paper: section 4.3.
 
-        Ours: no squashing, as in the authors' code; their talk_head is this MLP, and it multiplies
-        the thought, so w = 1 - theirs. The last layer starts at zero: w = 1, no thought is heard.
+        Not squashed: it may leave [0, 1], as in the authors' code. Their talk_head is this MLP and
+        multiplies the thought: w = 1 - theirs. The last layer starts at zero, so w at 1.
         """
         return 1 - self.mixing_head(torch.cat([h_init, h_thought], dim=-1)).squeeze(-1)
 
-    def _run(self, half: Callable, *arguments: Tensor):
-        """Half a layer, whose activations checkpointing computes again in the backward pass."""
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(half, *arguments, use_reentrant=False, preserve_rng_state=False)
-        return half(*arguments)
-
-    def _step(self, x: Tensor, step: int, space: Workspace) -> Tensor:
-        """Run step `step` of all thoughts through the model: embeddings x [B, P, D] -> h [B, P, D].
-
-        Its keys and values go into their slot of space.own.
-        """
-        window, T = self.model.config.sliding_window, space.text[0][0].shape[2]
-        N = self.config.n_thoughts
-        visible = text_visible(space.positions, step, T, window)  # [J, T]
-        lowest = torch.finfo(x.dtype).min  # not -inf: a row may see no text at all
-        bias = torch.zeros_like(visible, dtype=x.dtype).masked_fill_(~visible, lowest)
-        bias = bias.repeat_interleave(N, dim=0)  # [P, T]
-        rotary = self.model.rotary((space.positions + step).repeat_interleave(N))
-        for index, layer in enumerate(self.model.layers):
-            q, k, v = self._run(layer.project, x, rotary)
-            text, own = space.text[index], space.own[index]
-            attended, space.own[index] = thought_attention(
-                q, k, v, text, own, step, window, bias, space.blocks
-            )
-            x = self._run(layer.finish, x, attended)
-        return self.model.norm(x)
+    def step(self, token: Tensor, step: int, cache: ThoughtCache) -> Tensor:
+        """All thoughts read their step-th token [B, N, J] -> hidden states [B, N, J, D]."""
+        x = self.embed_thought(token).flatten(1, 2)  # [B, NJ, D]
+        return self.model.run(x, cache, cache.origin + step).unflatten(1, token.shape[1:])
 
     def forward(
         self,
@@ -614,288 +278,242 @@ class QuietStar(nn.Module):
         (0: greedy) with `generator` (on the CPU; None: torch's own). N and K are the config's.
         positions [J] int64, any of 0 .. T-2: where to think; None: all that have A targets,
         0 .. T-1-A. target_mask [B, T] bool: False where a token is no target (padding, the first
-        of a document). Raises ValueError for any of these that does not fit.
+        of a document); keys are not masked, so padding stands on the right. Raises ValueError for
+        positions or thought_ids that do not fit.
 
-        Paper: sections 4.2 to 4.4. Gradients flow through the base pass, the thoughts' tokens and
-        the mixing; sampled ids are constants.
+        Gradients flow through the base pass (also as the keys that thoughts see), the thoughts'
+        tokens and the mixing; sampled ids are constants.
         """
-        positions, target_mask = self._check(ids, thought_ids, positions, target_mask, temperature)
-        B, J, N, K = len(ids), len(positions), self.config.n_thoughts, self.config.thought_length
-        forced = uniform = None
-        if thought_ids is not None:
-            forced = thought_ids.transpose(1, 2).flatten(1, 2)  # [B, P, K]
-        elif temperature > 0:
-            uniform = torch.rand(B, J * N, K, generator=generator).to(ids.device)  # [B, P, K]
+        (B, T), config = ids.shape, self.config
+        positions = torch.arange(max(T - config.n_true, 0)) if positions is None else positions
+        positions = positions.to(ids.device)
+        if not (len(positions) and positions.min() >= 0 and positions.max() <= T - 2):
+            raise ValueError(f"positions {positions.tolist()}: give some, all in 0 .. {T - 2}")
+        shape = (B, config.n_thoughts, len(positions), config.thought_length)
+        if thought_ids is not None and thought_ids.shape != shape:
+            raise ValueError(f"thought_ids is {[*thought_ids.shape]}; [B, N, J, K] is {[*shape]}")
+        target_mask = torch.ones_like(ids, dtype=torch.bool) if target_mask is None else target_mask
 
-        h_init, space = self._read(ids, positions)
-        head = self.model.lm_head.weight
-        base_nll = -token_logp(h_init[:, :-1], head, ids[:, 1:]) * target_mask[:, 1:]  # [B, T-1]
-        thought, logp = self._think(space, B, forced, uniform, temperature)
-        talk_nll, weight = self._talk(space, ids, h_init)
-        valid = valid_targets(target_mask, positions, self.config.n_true)  # [A, B, J]
+        text = KVCache(self.model.config)
+        h_init = self.model.run(self.model.embed_tokens(ids), text)  # [B, T, D]  1 base
+        logits = self.token_logits(h_init[:, :-1], self.model.lm_head.weight)  # [B, T-1, V]
+        base_nll = -self.token_logp(logits, ids[:, 1:]) * target_mask[:, 1:]  # [B, T-1]
 
-        def by_thought(rows: Tensor) -> Tensor:  # [..., P] -> [..., N, J]
-            return rows.unflatten(-1, (J, N)).transpose(-2, -1)
-
+        cache = self.thought_cache(text, positions, config)
+        uniform = torch.rand(shape, generator=generator).to(ids.device)
+        thought_ids, thought_logp = self.think(cache, uniform, temperature, thought_ids)
+        talk_nll, weight = self.talk(cache, ids, positions, h_init)
+        valid = valid_targets(target_mask, positions, config.n_true)  # [A, B, J]
+        talk_nll = talk_nll * valid[:, :, None]
         return Output(
-            thought_ids=by_thought(thought).movedim(0, -1),  # [K, B, P] -> [B, N, J, K]
-            thought_logp=by_thought(logp).movedim(0, -1),
-            base_nll=base_nll,
-            talk_nll=by_thought(talk_nll) * valid[:, :, None],  # [A, B, P] -> [A, B, N, J]
-            weight=by_thought(weight),
-            valid=valid,
-            positions=positions,
-            target_mask=target_mask,
+            thought_ids, thought_logp, base_nll, talk_nll, weight, valid, positions, target_mask
         )
 
-    def _read(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, Workspace]:
-        """The base pass over ids [B, T] -> h_init [B, T, D], and what thoughts on it share."""
-        h_init, text = self.model.hidden_states(self.model.embed_tokens(ids))
-        shape, config = self.model.config, self.config
-        blocks = attention_blocks(positions, config.n_thoughts, shape.sliding_window)
-        rows, steps = len(positions) * config.n_thoughts, config.thought_length + config.n_true + 1
-        slots = (2, len(ids) * shape.num_key_value_heads, rows, steps, shape.head_dim)
-        return h_init, Workspace(positions, blocks, text, [h_init.new_empty(slots) for _ in text])
+    def think(
+        self, cache: ThoughtCache, uniform: Tensor, temperature: float, forced: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """2 think: sample the K tokens of every thought, or follow forced ones; section 4.2.
 
-    def _think(self, space, B, forced, uniform, temperature):
-        """Sample, or follow, the K tokens of every thought: ids and logp [K, B, P].
-
-        Paper: section 4.2. start and K tokens pass through the model; all but the last of them
-        predict a token.
+        uniform [B, N, J, K]: see sample_tokens; forced [B, N, J, K] or None. Returns ids and their
+        log p, both [B, N, J, K]. A forced meta token has probability 0; NEVER stands for its log.
         """
-        config, head = self.config, self.model.lm_head.weight
-        P = len(space.positions) * config.n_thoughts
-        token = space.positions.new_full((B, P), self.start_id)
-        tokens, logps = [], []
-        for k in range(config.thought_length):
-            h = self._step(self.embed_thought(token), k + 1, space)
-            with torch.no_grad():
-                logits = token_logits(h, head, self.excluded)
+        V, tau = self.model.config.vocab_size, self.config.reinforce_temperature
+        token = torch.full(uniform.shape[:3], self.start_id, device=uniform.device)  # [B, N, J]
+        thought, logp = [token.new_empty(*token.shape, 0)], [uniform[..., :0]]  # for K = 0
+        for k in range(self.config.thought_length):
+            h = self.step(token, k + 1, cache)  # [B, N, J, D]
+            logits = self.token_logits(h, self.model.lm_head.weight, self.excluded)  # [B, N, J, V]
             if forced is not None:
                 token = forced[..., k]
-            elif uniform is None:
+            elif temperature == 0:
                 token = logits.argmax(-1)
             else:
-                token = sample_tokens(at_temperature(logits, temperature), uniform[..., k])
-            tokens.append(token)
-            logps.append(self._thought_logp(h, head, token, logits))
-        self._step(self.embed_thought(token), config.thought_length + 1, space)
-        if not tokens:
-            return token.new_empty(0, B, P), head.new_empty(0, B, P, dtype=torch.float32)
-        return torch.stack(tokens), torch.stack(logps)
+                token = sample_tokens(logits / temperature, uniform[..., k])
+            logp_k = self.token_logp(logits, token.clamp(max=V - 1), tau)  # [B, N, J]
+            logp.append(logp_k.where(token < V, NEVER)[..., None])
+            thought.append(token[..., None])
+        self.step(token, self.config.thought_length + 1, cache)  # what follows sees t_K too
+        return torch.cat(thought, dim=-1), torch.cat(logp, dim=-1)
 
-    def _thought_logp(self, h, head, token, logits):
-        """log p of a thought's tokens [B, P], meta tokens masked, at the REINFORCE temperature.
+    def talk(
+        self, cache: ThoughtCache, ids: Tensor, positions: Tensor, h_init: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """3 talk: predict A true tokens after every thought -> nll and weight w [A, B, N, J].
 
-        A forced meta token has probability 0; NEVER stands for its log.
+        end and the true tokens x_{j+1} .. x_{j+A-1} are read (teacher forcing; section 4.4). A
+        target beyond the text is scored against its last token, for the caller to mask.
         """
-        tau = self.config.reinforce_temperature
-        is_meta = (token == self.start_id) | (token == self.end_id)
-        token = token.masked_fill(is_meta, 0)  # whatever is in the vocabulary
-        logp = token_logp(h, head, token, self.excluded, tau, logits)
-        return torch.where(is_meta, NEVER, logp)
-
-    def _talk(self, space, ids, h_init):
-        """Predict A true tokens after every thought: nll and mixing weight [A, B, P].
-
-        Paper: section 4.3. end and the true tokens x_{j+1} .. x_{j+A-1} pass through the model; a
-        target beyond the text is scored against some token of it, and masked by the caller.
-        """
-        config, positions, T = self.config, space.positions, ids.shape[1]
-        token = ids.new_full((len(ids), len(positions) * config.n_thoughts), self.end_id)
-        nlls, weights = [], []
-        for a in range(config.n_true):
-            step = config.thought_length + 2 + a
-            h_thought = self._step(self.embed_thought(token), step, space)
-            here = (positions + a).clamp(max=T - 1)
-            h_base = h_init[:, here].repeat_interleave(config.n_thoughts, dim=1)  # [B, P, D]
-            token = ids[:, (here + 1).clamp(max=T - 1)]  # [B, J] the true next token
-            token = token.repeat_interleave(config.n_thoughts, dim=1)  # [B, P]
-            w = self.mixing_weight(h_base, h_thought)
-            nlls.append(-token_logp(mix(h_base, h_thought, w), self.model.lm_head.weight, token))
-            weights.append(w)
-        return torch.stack(nlls), torch.stack(weights)
-
-    def _check(self, ids, thought_ids, positions, target_mask, temperature):
-        """positions and target_mask with their defaults; ValueError for what does not fit."""
-        if ids.dim() != 2:
-            raise ValueError(f"ids has shape {tuple(ids.shape)}; it must be [B, T]")
-        (B, T), config = ids.shape, self.config
-        check_temperature(temperature)
-        if positions is None:
-            if config.n_true >= T:
-                raise ValueError(
-                    f"a text of {T} tokens has no position with {config.n_true} tokens ahead; "
-                    "give a longer text, a smaller n_true, or positions"
-                )
-            positions = torch.arange(T - config.n_true)
-        positions = torch.as_tensor(positions, device=ids.device)
-        check_positions(positions, T - 2)
-        if target_mask is None:
-            target_mask = torch.ones_like(ids)
-        target_mask = torch.as_tensor(target_mask, device=ids.device).bool()
-        if target_mask.shape != ids.shape:
-            raise ValueError(
-                f"target_mask has shape {tuple(target_mask.shape)}, ids has {tuple(ids.shape)}"
-            )
-        shape = (B, config.n_thoughts, len(positions), config.thought_length)
-        if thought_ids is not None and tuple(thought_ids.shape) != shape:
-            raise ValueError(
-                f"thought_ids has shape {tuple(thought_ids.shape)}; [B, N, J, K] is {shape}"
-            )
-        if thought_ids is not None:
-            inside = (thought_ids >= 0) & (thought_ids < self.model.config.vocab_size)
-            inside |= (thought_ids == self.start_id) | (thought_ids == self.end_id)
-            if not inside.all():
-                raise ValueError(
-                    f"thought_ids holds {int(thought_ids[~inside][0])}; allowed are the model's "
-                    f"tokens, start ({self.start_id}) and end ({self.end_id})"
-                )
-        return positions, target_mask
+        K, T = self.config.thought_length, ids.shape[1]
+        shape = (len(ids), self.config.n_thoughts, len(positions))
+        token = ids.new_full(shape, self.end_id)
+        nll, weight = [], []
+        for a in range(self.config.n_true):
+            h_thought = self.step(token, K + 2 + a, cache)  # [B, N, J, D]
+            ahead = (positions + a).clamp(max=T - 2)  # [J] j + a
+            h_ahead = h_init[:, None, ahead].expand_as(h_thought)  # [B, N, J, D] h_init_{j+a}
+            w = self.mixing_weight(h_ahead, h_thought)  # [B, N, J]  4 mix
+            mixed = mix(h_ahead, h_thought, w)  # [B, N, J, D]
+            token = ids[:, None, ahead + 1].expand(shape)  # x_{j+1+a}
+            logits = self.token_logits(mixed, self.model.lm_head.weight)  # [B, N, J, V]
+            nll.append(-self.token_logp(logits, token))
+            weight.append(w)
+        return torch.stack(nll), torch.stack(weight)
 
     @torch.no_grad()
     def think_last(
-        self, last: Tensor, cache: Cache, thought_ids: Tensor | None = None
-    ) -> "Prediction":
+        self, last: Tensor, cache: KVCache, thought_ids: Tensor | None = None
+    ) -> Prediction:
         """Read the text's next token last [B], think greedily, and predict what follows.
 
-        thought_ids [B, K] forces the thought.
-
-        cache holds the text before `last`; afterwards it holds `last` too and nothing of the
-        thought. K + 1 passes: [last, start], t_1 .. t_{K-1} one by one, [t_K, end].
+        thought_ids [B, K] forces the thought. cache holds the text before `last`; afterwards it
+        holds `last` too and nothing of the thought. Paper: section 4.2, greedy at inference. Ours:
+        K + 1 passes, [last, start], t_1 .. t_{K-1} one by one, [t_K, end].
         """
         start, end = (last.new_full((len(last), 1), i) for i in (self.start_id, self.end_id))
-        embed, head = self.embed_thought, self.model.lm_head.weight
-        x = torch.cat([self.model.embed_tokens(last[:, None]), embed(start)], dim=1)  # [B, 2, D]
-        states, thought = [], []
-        end_of_text = cache.length + 1
+        x = torch.cat([self.model.embed_tokens(last[:, None]), self.embed_thought(start)], dim=1)
+        head, read = self.model.lm_head.weight, cache.length + 1
+        states, thought = [], [last.new_empty(len(last), 0)]
         for k in range(self.config.thought_length):
-            states.append(self.model.hidden_states(x, cache)[0])
-            logits = token_logits(states[-1][:, -1:], head, self.excluded)  # [B, 1, V]
-            token = logits.argmax(-1) if thought_ids is None else thought_ids[:, k : k + 1]
-            thought.append(token)
-            x = embed(token)  # [B, 1, D]
-        states.append(self.model.hidden_states(torch.cat([x, embed(end)], dim=1), cache)[0])
-        cache.length = end_of_text
+            states.append(self.model.run(x, cache))  # [B, 2 or 1, D]
+            greedy = token_logits(states[-1][:, -1:], head, self.excluded).argmax(-1)  # [B, 1]
+            thought.append(greedy if thought_ids is None else thought_ids[:, k : k + 1])
+            x = self.embed_thought(thought[-1])  # [B, 1, D]
+        states.append(self.model.run(torch.cat([x, self.embed_thought(end)], dim=1), cache))
+        cache.truncate(read)
 
-        thought_ids = torch.cat([last.new_empty(len(last), 0), *thought], dim=1)
-        return self._predict(states[0][:, 0], states[-1][:, -1], thought_ids)
-
-    @torch.no_grad()
-    def think_at(self, ids: Tensor, positions: Tensor) -> "Prediction":
-        """Think greedily at positions [J] of a text ids [B, T], and predict what follows each.
-
-        What think_last predicts after reading ids[:, : j + 1], for all positions j in parallel.
-        positions: any of 0 .. T-1, else ValueError.
-        """
-        positions = torch.as_tensor(positions, device=ids.device)
-        check_positions(positions, ids.shape[1] - 1)
-        with thinking_once(self):
-            h_init, space = self._read(ids, positions)
-            thought, _ = self._think(space, len(ids), None, None, 0)  # [K, B, J]
-            end = self.embed_thought(ids.new_full((len(ids), len(positions)), self.end_id))
-            h_thought = self._step(end, self.config.thought_length + 2, space)  # [B, J, D]
-        return self._predict(h_init[:, positions], h_thought, thought.movedim(0, -1))
-
-    def _predict(self, h_init: Tensor, h_thought: Tensor, thought_ids: Tensor) -> "Prediction":
-        """The prediction from hidden states [..., D] before and after the thoughts [..., K]."""
-        head, w = self.model.lm_head.weight, self.mixing_weight(h_init, h_thought)
-        return Prediction(
-            logits=token_logits(mix(h_init, h_thought, w), head, self.excluded),
-            base_logits=token_logits(h_init, head, self.excluded),
-            thought_ids=thought_ids,
-            weight=w,
-        )
+        h_init, h_thought = states[0][:, 0], states[-1][:, -1]  # [B, D]
+        w = self.mixing_weight(h_init, h_thought)
+        logits = token_logits(mix(h_init, h_thought, w), head, self.excluded)
+        base_logits = token_logits(h_init, head, self.excluded)
+        return Prediction(logits, base_logits, torch.cat(thought, dim=1), w)
 
 
-class Prediction(NamedTuple):
-    """What comes next, after a text [B] (think_last) or after positions of it [B, J] (think_at)."""
-
-    logits: Tensor  # [..., V] float32, mixed; meta tokens excluded
-    base_logits: Tensor  # [..., V] float32, without the thought
-    thought_ids: Tensor  # [..., K] int64
-    weight: Tensor  # [...] the mixing weight w
+# ------------------------------------------------------------------------------ 5 reward, 6 loss
 
 
-@contextmanager
-def thinking_once(model: QuietStar) -> Iterator[None]:
-    """One thought per position, scored on one token: what an evaluation needs of it."""
-    config, model.config = model.config, replace(model.config, n_thoughts=1, n_true=1)
-    try:
-        yield
-    finally:
-        model.config = config
+def reward(talk_nll: Tensor, base_nll: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
+    """r_j [B, N, J] in nats: how much likelier a thought made the next A tokens than the mean did.
+
+    talk_nll [A, B, N, J], base_nll [B, T-1], positions [J], valid [A, B, J] as in Output.
+    Paper: section 4.4. r_j = R_j minus the mean of R_j over the N thoughts of the position: the
+    advantage of group-relative methods, without the division by sigma. For example, with A = 2:
+
+        thought    nll of the two true tokens    R_j     mean    r_j
+           1               1.0  1.0             -2.0     -4.0   +2.0
+           2               2.0  1.0             -3.0            +1.0
+           3               3.0  4.0             -7.0            -3.0   (0 if drop_negative)
+
+    Ours: a thought without siblings (N = 1) is compared with the base model's sum instead. 0 where
+    a target is missing. A constant: no gradient.
+    """
+    R = -talk_nll.detach().sum(0)  # [B, N, J]  R_j = sum_a log p_talk(x_{j+1+a})
+    if R.shape[1] > 1:  # as differences, so that equal thoughts get exactly 0: it is scaled by 1e6
+        r = (R[:, :, None] - R[:, None]).mean(2)  # [B, N, J]  R_j - mean R_j
+    else:
+        r = R - base_sum(base_nll, positions, valid)
+    return torch.where(valid.all(0)[:, None], r, 0.0)
+
+
+def base_sum(base_nll: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
+    """R_j without a thought: sum_a log p_init(x_{j+1+a}) [B, 1, J] in nats over valid targets."""
+    steps = torch.arange(len(valid), device=positions.device)[:, None]
+    nll = base_nll.detach()[:, (positions + steps).clamp(max=base_nll.shape[1] - 1)]  # [B, A, J]
+    return -(nll.transpose(0, 1) * valid).sum(0)[:, None]
+
+
+def count_targets(target_mask: Tensor, positions: Tensor, n_true: int) -> tuple[int, int]:
+    """What the means of the loss run over, for a batch with target_mask [B, T].
+
+    Targets predicted without thought, and (sequence, position) pairs that have all A targets.
+    """
+    valid = valid_targets(target_mask, positions.to(target_mask.device), n_true)  # [A, B, J]
+    return int(target_mask[:, 1:].sum()), int(valid.all(0).sum())
+
+
+def quiet_star_loss(
+    output: Output, config: ThoughtConfig, counts: tuple[int, int] | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of one step, and its metrics (detached scalars, in nats; weight is the mean of w).
+
+    A position is valid if it has all A targets: padding then changes nothing. counts: those of the
+    whole batch where output is a part of it, so that losses, gradients and metrics of the parts
+    add up to the batch's. The metric called reward is R_j minus that without a thought, for any N.
+
+    Paper: section 4.4. As in the authors' code: L_base and the weights, the mean over a in L_NLL,
+    and R_j and L_NLL as means of log p over thoughts, not logs of mean p.
+    """
+    n_targets, n_valid = counts or count_targets(
+        output.target_mask, output.positions, config.n_true
+    )
+    _, _, base_nll, talk_nll, weight, valid, positions, _ = output
+    r = reward(talk_nll, base_nll, positions, valid)  # [B, N, J]
+    if config.drop_negative:
+        r = r.clamp(min=0)
+
+    def mean(x: Tensor) -> Tensor:
+        """Mean of x [B, N, J] over thoughts and valid positions."""
+        return (x * valid.all(0)[:, None]).sum() / max(config.n_thoughts * n_valid, 1)
+
+    L_base = base_nll.sum() / max(n_targets, 1)  # - log p_init(x_{j+1})
+    L_NLL = mean(talk_nll.mean(0))  # - mean_a log p_talk_{j,a}(x_{j+1+a})
+    L_REINFORCE = mean(-r * output.thought_logp.sum(-1))  # - r_j log p(thought_j), r_j a constant
+    language = config.base_weight * L_base + (1 - config.base_weight) * L_NLL
+    scale = 1e6 / max(config.thought_length, 1)  # the authors' 1e6 is for a mean over the K tokens
+    scale = scale if config.policy_weight is None else config.policy_weight
+    metrics = {
+        "loss": language + scale * L_REINFORCE,
+        "base_nll": L_base,
+        "talk_nll": L_NLL,
+        "policy_loss": L_REINFORCE,
+        "reward": mean(-talk_nll.sum(0) - base_sum(base_nll, positions, valid)),
+        "weight": mean(weight.float().mean(0)),
+    }
+    return metrics["loss"], {name: value.detach() for name, value in metrics.items()}
 
 
 # ------------------------------------------------------------------------------------- checkpoints
 
 
-OWN = ("start_embedding", "end_embedding", "mixing_head.")  # what a Quiet-STaR adds to a Mistral
-
-
 def save_quiet_star(model: QuietStar, folder: str | Path) -> None:
     """Write a folder that save_mistral writes, and quiet_star.{json,safetensors} beside it."""
-    folder = Path(folder)
     save_mistral(model.model, folder)
-    own = {name: p.detach() for name, p in model.named_parameters() if name.startswith(OWN)}
-    write_tensors(folder / "quiet_star.safetensors", own)
-    write_json(folder / "quiet_star.json", asdict(model.config))
+    own = {n: p.detach() for n, p in model.named_parameters() if not n.startswith("model.")}
+    write_file(Path(folder) / "quiet_star.safetensors", lambda path: save_file(own, path))
+    write_json(Path(folder) / "quiet_star.json", asdict(model.config))
 
 
-def thinks(folder: Path) -> bool:
-    """Whether a checkpoint folder holds a thinking model, ours or the authors'."""
-    if (folder / "quiet_star.json").is_file():
-        return True
-    for file in weight_files(folder):
-        with open_tensors(file) as reader:
-            if "start_embedding" in list(reader.keys()):
-                return True
-    return False
+def load_any(folder: str | Path, dtype=None, device="cpu") -> QuietStar | Mistral:
+    """The thinking model in a folder of save_quiet_star or the authors', or the plain one in it.
 
-
-def load_quiet_star(
-    folder: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
-) -> QuietStar:
-    """A thinking model from a folder of save_quiet_star, or from the authors' checkpoint.
-
-    dtype None keeps that of the file. Raises ValueError for a folder that is neither.
+    dtype None keeps that of the file. Raises ValueError as load_mistral does.
     """
     folder = Path(folder)
-    shape = read_config(folder)
-    weights = read_weights(folder, shape, dtype, device)
+    weights = read_weights(folder, dtype, device)
     if (folder / "quiet_star.json").is_file():
-        config = read_thought_config(folder / "quiet_star.json")
-        own = {
-            name: tensor.to(device=device, dtype=dtype)
-            for name, tensor in read_tensors([folder / "quiet_star.safetensors"])
-        }
+        values = read_json(folder / "quiet_star.json")
+        config = settings_from(ThoughtConfig, values, folder / "quiet_star.json")
+        own = read_tensors(folder / "quiet_star.safetensors")
     elif "start_embedding" in weights:
         # Their "8 ahead" counts start and end, their ids are the last two of the vocabulary, row 1
         # of an embedding is unused, and their talk_head is our mixing head (see mixing_weight).
-        V = shape.vocab_size
+        V = len(weights["embed_tokens.weight"])
         config = ThoughtConfig(thought_length=6, start_id=V - 2, end_id=V - 1)
         own = {name: weights.pop(name)[0] for name in ("start_embedding", "end_embedding")}
         for name in [name for name in weights if name.startswith("talk_head.0.")]:
             own[name.replace("talk_head.0.", "mixing_head.")] = weights.pop(name)
     else:
-        raise ValueError(
-            f"{folder} holds no thinking model: no quiet_star.json and no start_embedding; "
-            "a plain model becomes one with train.py --checkpoint"
-        )
-    model = QuietStar(build_mistral(shape, weights, folder), config)
+        return load_mistral(folder, weights=weights)
+    model = QuietStar(load_mistral(folder, weights=weights), config)
+    own = {name: tensor.to(device=device, dtype=dtype) for name, tensor in own.items()}
     base = {f"model.{name}": parameter for name, parameter in model.model.state_dict().items()}
-    load_weights(model, base | own, folder)
+    assign_weights(model, base | own, folder)
     model.model.tie_head()
     return model
 
 
-def read_thought_config(path: Path) -> ThoughtConfig:
-    """ThoughtConfig from a quiet_star.json."""
-    raw = read_json(path)
-    unknown = set(raw) - {field.name for field in fields(ThoughtConfig)}
-    if unknown:
-        raise ValueError(f"{path}: unknown setting {min(unknown)!r}")
-    try:
-        return ThoughtConfig(**raw)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
+def load_quiet_star(folder: str | Path, dtype=None, device="cpu") -> QuietStar:
+    """load_any of a folder that must hold a thinking model; ValueError if it does not."""
+    model = load_any(folder, dtype, device)
+    if isinstance(model, QuietStar):
+        return model
+    raise ValueError(f"{folder} holds no thinking model; train.py --checkpoint makes one of it")

@@ -51,6 +51,7 @@ def test_the_authors_checkpoint(tmp_path):
     numbers = json.loads((FIXTURES / "official_case.json").read_text())
     tensors = load_file(FIXTURES / "official_case.safetensors")
     weights = {name[2:]: tensor for name, tensor in tensors.items() if name.startswith("w.")}
+    weights["end_embedding"] = weights["end_embedding"] + 1  # theirs begin alike
     save_file(weights, tmp_path / "model.safetensors")
     config = {**numbers["config"], "model_type": "mistral"}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -58,6 +59,8 @@ def test_the_authors_checkpoint(tmp_path):
     assert (model.start_id, model.end_id) == (65, 66)
     assert model.config.embedding_scale == 100
     assert torch.equal(model.start_embedding, weights["start_embedding"][0])
+    assert torch.equal(model.end_embedding, weights["end_embedding"][0])
+    assert model.config.thought_length == 6  # their "8 ahead", start and end taken off
     assert torch.equal(model.mixing_head[4].weight, weights["talk_head.0.4.weight"])
     ids = tensors["input_ids"]
     base = model(ids, temperature=0).base_nll
@@ -75,7 +78,7 @@ def test_broken_quiet_star_files(tmp_path):
     path = tmp_path / "quiet_star.json"
     good = json.loads(path.read_text())
     path.write_text(json.dumps(good | {"speed": 1}))
-    with pytest.raises(ValueError, match="unknown setting 'speed'"):
+    with pytest.raises(ValueError, match=r"quiet_star\.json: .*'speed'"):
         load_quiet_star(tmp_path)
     path.write_text(json.dumps(good | {"n_true": 0}))
     with pytest.raises(ValueError, match="n_true is 0; it must be at least 1"):

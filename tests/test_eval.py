@@ -100,14 +100,14 @@ def test_text_nll_equals_thinking_slowly():
 
 
 def test_dtype_is_that_of_the_computation(folder, monkeypatch, capsys):
-    load, seen = evaluation.load_any, []
+    load, seen = evaluation.load, []
 
     def noting(*arguments):
         model, tokenizer = load(*arguments)
         seen.append(next(model.parameters()).dtype)
         return model, tokenizer
 
-    monkeypatch.setattr(evaluation, "load_any", noting)
+    monkeypatch.setattr(evaluation, "load", noting)
     for options in ([], ["--dtype", "bfloat16"]):
         evaluation.main(["--model", str(folder), "--device", "cpu", *options])
     assert seen == [torch.float32, torch.bfloat16]
@@ -136,7 +136,7 @@ def test_text_report(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model", "nowhere"], "nowhere is no checkpoint folder"),
+        (["--model", "nowhere"], "nowhere is no checkpoint"),
         (["--text", "nowhere.txt"], "cannot read nowhere.txt"),
         (["--context", "8"], "--context is for --text"),
     ],

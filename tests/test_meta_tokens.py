@@ -4,8 +4,9 @@ import pytest
 import torch
 from tiny import random_ids, tiny_mistral, tiny_quiet_star
 
+from model import KVCache
 from sample import generate
-from thoughts import QuietStar, ThoughtConfig, quiet_star_loss, sample_tokens
+from thoughts import NEVER, QuietStar, ThoughtConfig, quiet_star_loss, sample_tokens
 
 
 @pytest.mark.parametrize("scale", [1.0, 100.0])
@@ -16,6 +17,15 @@ def test_both_begin_as_the_em_dash(scale):
     for token in (model.start_id, model.end_id):
         assert torch.allclose(model.embed_thought(torch.tensor([token]))[0], dash, rtol=1e-6)
     assert torch.allclose(model.start_embedding * scale, dash, rtol=1e-6)
+
+
+def test_at_random_they_are_of_the_size_of_embeddings():
+    mistral = tiny_mistral()
+    with torch.no_grad():
+        mistral.embed_tokens.weight.mul_(10)
+    model = QuietStar(mistral, ThoughtConfig(embedding_scale=1.0))
+    both = torch.cat([model.start_embedding, model.end_embedding])
+    assert 0.5 < both.std() / mistral.embed_tokens.weight.std() < 1.5
 
 
 def test_an_adam_step_moves_them_embedding_scale_times_as_far():
@@ -41,7 +51,9 @@ def lean_towards(model, token):
     """Make `token` by far the likeliest everywhere."""
     with torch.no_grad():
         model.model.norm.weight.zero_()[0] = 1.0  # h is one number
-        h = model.model.hidden_states(model.model.embed_tokens(random_ids(1, 4, 4)))[0]
+        h = model.model.run(
+            model.model.embed_tokens(random_ids(1, 4, 4)), KVCache(model.model.config)
+        )
         model.model.lm_head.weight[token, 0] = 1e4 * h[0, -1, 0].sign()
 
 
@@ -53,6 +65,8 @@ def test_meta_tokens_are_never_sampled(temperature):
         output = model(random_ids(2, 8, 4), temperature=temperature)
         assert output.thought_ids.max() < 4
         assert torch.isfinite(output.thought_logp).all()
+        prediction = model.think_last(torch.tensor([1, 2]), KVCache(model.model.config))
+        assert max(prediction.logits[:, 4:].max(), prediction.base_logits[:, 4:].max()) <= NEVER
         text = generate(model, random_ids(2, 3, 4), 8, temperature=temperature)
         assert text.max() < 4
 
@@ -69,12 +83,9 @@ def test_forced_pause_tokens_are_finite():
     """The start token in place of a thought: as many tokens, no content."""
     model = tiny_quiet_star(policy_weight=0.0)
     forced = torch.full((1, 3, 6, 3), model.start_id)
-    loss, _ = quiet_star_loss(model(random_ids(1, 8), thought_ids=forced), model.config)
+    output = model(random_ids(1, 8), thought_ids=forced)
+    loss, _ = quiet_star_loss(output, model.config)
     loss.backward()
     assert torch.isfinite(loss)
+    assert output.thought_logp.max() < -1e9  # the log of a probability of 0
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
-
-
-def test_ids_outside_the_model_are_refused():
-    with pytest.raises(ValueError, match=r"start_id is 23; the model's tokens are 0 \.\. 22"):
-        QuietStar(tiny_mistral(), ThoughtConfig(start_id=23))

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from tiny import random_ids, tiny_mistral, tiny_quiet_star
 
-from thoughts import QuietStar, ThoughtConfig, _TokenLogp, mix, quiet_star_loss, token_logits
+from thoughts import QuietStar, ThoughtConfig, mix, quiet_star_loss, token_logits
 
 
 def test_untrained_quiet_star_is_the_base_model():
@@ -49,19 +49,19 @@ def test_mixing_head_sees_both_states_in_order():
     assert sorted(p) == ["0.bias", "0.weight", "2.bias", "2.weight", "4.weight"]
 
 
-def test_token_logp_gradient():
-    """The recomputed backward pass against autograd's own, with excluded tokens and temperature."""
+def test_token_logp_and_its_gradient():
+    """log p and gradient of given tokens, with excluded tokens and a temperature, written out."""
     torch.manual_seed(0)
     h = torch.randn(3, 4, 8, requires_grad=True)
     head = torch.randn(11, 8, requires_grad=True)
     ids, upstream = torch.randint(9, (3, 4)), torch.randn(3, 4)
-    excluded, temperature = (9, 10), 3.0
-    logits = token_logits(h.detach(), head.detach(), excluded)
-    fast = _TokenLogp.apply(h, head, logits, ids, excluded, temperature)
-    plain = (h @ head.T)[..., :9] / temperature
-    slow = torch.log_softmax(plain, -1).gather(-1, ids[..., None])[..., 0]
-    assert (fast - slow).abs().max() < 1e-6
-    ours = torch.autograd.grad((fast * upstream).sum(), (h, head))
-    theirs = torch.autograd.grad((slow * upstream).sum(), (h, head))
-    for got, expected in zip(ours, theirs, strict=True):
-        assert (got - expected).abs().max() < 1e-6
+    upstream[1] = 0  # as where a reward is dropped
+    logits = QuietStar.token_logits(h, head, (9, 10))
+    got = QuietStar.token_logp(logits, ids, 3.0)
+    plain = (h @ head.T)[..., :9] / 3.0
+    expected = torch.log_softmax(plain, -1).gather(-1, ids[..., None])[..., 0]
+    assert (got - expected).abs().max() < 1e-6
+    ours = torch.autograd.grad((got * upstream).sum(), (h, head))
+    theirs = torch.autograd.grad((expected * upstream).sum(), (h, head))
+    for gradient, slow in zip(ours, theirs, strict=True):
+        assert (gradient - slow).abs().max() < 1e-6

@@ -35,6 +35,22 @@ def test_a_missing_target_means_no_reward():
     assert r[..., 0].tolist() == [[0.0, 0.0, 0.0], [1.0, 0.0, -1.0]]
 
 
+def test_equal_thoughts_get_exactly_nothing():
+    """Not what rounding leaves of R - mean R: the policy weight multiplies it by 1e6."""
+    talk = torch.tensor([0.1, 0.7, 1.3]).view(3, 1, 1, 1).expand(3, 1, 7, 1)
+    valid = torch.ones(3, 1, 1, dtype=torch.bool)
+    assert not reward(talk, BASE_NLL[:1], torch.tensor([0]), valid).any()
+
+
+def test_the_policy_weight_of_the_authors_is_for_a_mean_over_tokens():
+    """1e6 / K of the sum over the K = 2 tokens, with r = 2, 1, 0, 1, 0, 0 and log p = -1 each."""
+    output = output_of(-torch.ones(2, 3, 1, 2))
+    loss, metrics = quiet_star_loss(output, ThoughtConfig(3, 2, 2))
+    language = (metrics["base_nll"] + metrics["talk_nll"]) / 2
+    assert abs(metrics["policy_loss"] - 8 / 6) < 1e-6
+    assert abs((loss - language) / 5e5 - 8 / 6) < 1e-5
+
+
 def test_reward_is_a_constant():
     talk = TALK_NLL.clone().requires_grad_(True)
     assert not reward(talk, BASE_NLL, POSITIONS, VALID).requires_grad

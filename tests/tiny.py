@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from model import Mistral, MistralConfig
+from model import KVCache, Mistral, MistralConfig
 from thoughts import QuietStar, ThoughtConfig, token_logits
 
 
@@ -37,7 +37,7 @@ def think_slowly(model: QuietStar, text: Tensor, j: int, thought: list[int] | No
     scale, head = config.embedding_scale, mistral.lm_head.weight
 
     def run(x: Tensor) -> Tensor:
-        return mistral.hidden_states(x[None])[0][0]  # [length, D]
+        return mistral.run(x[None], KVCache(mistral.config))[0]  # [length, D]
 
     h_init = run(mistral.embed_tokens(text))
     x = torch.cat([mistral.embed_tokens(text[: j + 1]), model.start_embedding[None] * scale])

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-import plot
-from plot import read_metrics
+from tools import plot
+from tools.plot import read_metrics
 
 BASE = json.dumps({"stage": "base", "step": 1, "loss": 5.0})
 
@@ -45,7 +45,7 @@ def test_a_line_that_is_being_written_is_left_out(tmp_path):
         ([step(1, reward=None)], "line 1 cannot be drawn"),
         (
             ['{"stage": "quiet_star", "step": 1}'],
-            "line 1 cannot be drawn: ValueError: a run of --thoughts none",
+            "line 1 cannot be drawn: ValueError: a step without thoughts has no curves here",
         ),
     ],
 )

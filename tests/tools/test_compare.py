@@ -6,9 +6,9 @@ import pytest
 import torch
 from tiny import random_ids, think_slowly, tiny_quiet_star
 
-import pretrained
-from model import read_json, save_mistral
+from model import save_mistral
 from tokenizer import load_tokenizer, save_byte_tokenizer
+from tools import compare
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def files(tmp_path):
 
 
 def test_the_last_tenth_is_held_out(files):
-    known, held_out = pretrained.split_text(files[1])
+    known, held_out = compare.split_text(files[1])
     assert known[0].splitlines() == [f"Line {i}." for i in range(23)]
     assert held_out[0] == "Line 23.\nLine 24.\n"
     assert known[1:] == [f"Is it {i}?\nYes." for i in range(18)]
@@ -35,7 +35,7 @@ def test_the_last_tenth_is_held_out(files):
 def test_thoughts_equal_thinking_slowly(files, tmp_path):
     """At token 5 of 10: the thought after 5 tokens, and log p of the sixth."""
     model, ids = tiny_quiet_star(V=258), random_ids(2, 10, V=258)
-    shown = pretrained.show_thoughts(model, load_tokenizer(tmp_path / "model"), ids)
+    shown = compare.show_thoughts(model, load_tokenizer(tmp_path / "model"), ids)
     for line, text in zip(shown.splitlines(), ids, strict=True):
         slow = think_slowly(model, text[:6], 4, None)
         plain = torch.log_softmax(model.model(text[None])[0, 4], -1)[text[5]]
@@ -51,8 +51,8 @@ def arguments(tmp_path, files, training="--steps 2 --batch-size 2 --context 12 -
 
 def test_comparison(tmp_path, files, monkeypatch):
     asked = []
-    monkeypatch.setattr(pretrained.evaluation, "main", lambda a: asked.append(a) or print("1 %"))
-    pretrained.main(arguments(tmp_path, files))
+    monkeypatch.setattr(compare.evaluation, "main", lambda a: asked.append(a) or print("1 %"))
+    compare.main(arguments(tmp_path, files))
     report = (tmp_path / "out" / "report.md").read_text()
     names = ("before", "trained on without thoughts", "Quiet-STaR, no", "Quiet-STaR, greedy")
     losses = [float(report.split(name)[1].split("\n")[0].split()[-1]) for name in names]
@@ -74,9 +74,10 @@ def test_comparison(tmp_path, files, monkeypatch):
     assert all(options[2:6] == ["--task", "gsm8k", "--data", files[1][1]] for options in asked)
     assert all(options[-2:] == ["--limit", "7"] for options in asked)
     assert len({options[7] for options in asked}) == 3
+    assert all(options[7].endswith(".jsonl") for options in asked)
 
     metrics = [(tmp_path / "out" / run / "metrics.jsonl").read_text() for run in RUNS]
-    pretrained.main(arguments(tmp_path, files))  # finished: nothing is trained again
+    compare.main(arguments(tmp_path, files))  # finished: nothing is trained again
     assert metrics == [(tmp_path / "out" / run / "metrics.jsonl").read_text() for run in RUNS]
 
 
@@ -84,12 +85,18 @@ RUNS = ("none", "thoughts")
 
 
 def test_a_comparison_keeps_its_settings(tmp_path, files, monkeypatch, capsys):
-    monkeypatch.setattr(pretrained.evaluation, "main", lambda a: None)
-    pretrained.main(arguments(tmp_path, files))
+    monkeypatch.setattr(compare.evaluation, "main", lambda a: None)
+    compare.main(arguments(tmp_path, files))
     with pytest.raises(SystemExit) as stopped:
-        pretrained.main(arguments(tmp_path, files, training="--steps 9"))
+        compare.main(arguments(tmp_path, files, training="--steps 9"))
     assert stopped.value.code == 2
-    assert "has other settings" in capsys.readouterr().err
+    assert "thoughts/settings.json has other settings (" in capsys.readouterr().err
+    with open(files[1][0], "a") as text:
+        text.write("One more line.\n" * 20)
+    with pytest.raises(SystemExit) as stopped:
+        compare.main(arguments(tmp_path, files))
+    assert stopped.value.code == 2
+    assert "train.jsonl is of other --data" in capsys.readouterr().err
 
 
 def test_bad_input(tmp_path, files, capsys):
@@ -101,7 +108,7 @@ def test_bad_input(tmp_path, files, capsys):
         (["--data", *files[1], "--csqa", "nowhere"], "there is no file nowhere"),
     ):
         with pytest.raises(SystemExit) as stopped:
-            pretrained.main(["--checkpoint", str(tmp_path / "model"), *options, *out])
+            compare.main(["--checkpoint", str(tmp_path / "model"), *options, *out])
         assert stopped.value.code == 2
         assert message in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
@@ -119,15 +126,20 @@ def test_bad_input(tmp_path, files, capsys):
 def test_what_cannot_work_fails_before_training(tmp_path, files, capsys, options, message):
     given = ["--checkpoint", str(tmp_path / "model"), "--data", *files[1]]
     with pytest.raises(SystemExit) as stopped:
-        pretrained.main([*given, "--out", str(tmp_path / "out"), *options])
+        compare.main([*given, "--out", str(tmp_path / "out"), *options])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_reinforce_has_a_weight_in_one_of_the_two(tmp_path, files, monkeypatch):
-    monkeypatch.setattr(pretrained.evaluation, "main", lambda a: None)
-    pretrained.main([*arguments(tmp_path, files), "--policy-weight", "0.5"])
-    saved = {run: read_json(tmp_path / "out" / run / "settings.json") for run in RUNS}
-    weights = {run: settings["thoughts"]["policy_weight"] for run, settings in saved.items()}
-    assert weights == {"thoughts": 0.5, "none": 0.0}
+def test_reinforce_has_a_part_in_one_of_the_two(tmp_path, files, monkeypatch):
+    monkeypatch.setattr(compare.evaluation, "main", lambda a: None)
+    compare.main([*arguments(tmp_path, files), "--policy-weight", "0.5"])
+    saved = [(tmp_path / "out" / run / "settings.json").read_text() for run in RUNS]
+    assert all(json.loads(text)["thoughts"]["policy_weight"] == 0.5 for text in saved)
+    for run in RUNS:
+        lines = (tmp_path / "out" / run / "metrics.jsonl").read_text().splitlines()
+        assert len(lines) == 2
+        for line in map(json.loads, lines):
+            assert ("policy_loss" in line) == (run == "thoughts")
+            assert ("reward" in line) == (run == "thoughts")

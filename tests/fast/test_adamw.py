@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from optim import BFloat16AdamW, round_stochastically
+from fast.adamw import BFloat16AdamW, round_stochastically
 
 LR = 1e-4  # a 78th of the step from 1.0 to the next bfloat16, a 39th of that below
 

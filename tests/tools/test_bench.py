@@ -4,8 +4,11 @@ import sys
 
 import pytest
 
-import bench
 from model import MistralConfig
+
+pytest.importorskip("fast.attention")  # it compares both paths
+
+from tools import bench
 
 
 def test_tokens_of_a_step():
@@ -27,20 +30,19 @@ def test_saved_bytes_of_one_linear_layer_more(monkeypatch):
 def test_table(monkeypatch, capsys):
     monkeypatch.setattr(bench, "SMALL", MistralConfig(50, 16, 32, 1, 2, 1))
     bench.main(["--context", "16", "--repeats", "1", "--thought-length", "2", "--n-true", "2"])
-    header, row = capsys.readouterr().out.splitlines()
-    assert len(header.replace(" s", "s").replace(" MB", "MB").split()) == len(row.split())
-    assert float(row.split()[7]) > 0
+    _, *rows = capsys.readouterr().out.splitlines()
+    assert [row.split()[7] for row in rows] == ["fast", "plain"]
+    assert all(float(row.split()[10]) > 0 for row in rows)
 
 
 def test_no_option_of_steps_is_ignored(monkeypatch, capsys):
     """Also without --context: the four cases, changed."""
     seen = []
-    monkeypatch.setattr(bench, "time_ratio", lambda case, repeats: seen.append(case) or (1.0, 1.0))
-    monkeypatch.setattr(bench, "in_its_own_process", lambda measure, case: 1)
-    monkeypatch.setattr(bench, "saved_bytes", lambda case: 1)
-    bench.main(["--n-true", "2", "--positions", "8", "--checkpointing"])
-    assert [(case.T, case.K) for case in seen] == [(64, 9), (256, 9), (512, 9), (512, 13)]
-    assert all((case.A, case.positions, case.checkpointing) == (2, 8, True) for case in seen)
+    monkeypatch.setattr(bench, "show_row", lambda *given: seen.append(given))
+    bench.main(["--n-true", "2", "--positions", "8", "--checkpointing", "--repeats", "5"])
+    assert [(case.T, case.K) for case, *_ in seen] == [(64, 9), (256, 9), (512, 9), (512, 13)]
+    assert all((case.A, case.positions) == (2, 8) for case, *_ in seen)
+    assert all(rest == [["fast, checkpointing"], 5] for _, *rest in seen)
 
 
 def test_positions_cost_in_proportion():

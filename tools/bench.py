@@ -1,17 +1,18 @@
 """What Quiet-STaR costs, as ratios within one run.
 
-    python bench.py                  training steps on the 'small' model, a few lengths of text
-    python bench.py --context 2048 --positions 64
-    python bench.py generation       a token with a thought against K + 1 steps without
-    python bench.py loading          a 4 GB checkpoint against reading its bytes
-    python bench.py tokenizing --data FILE     a text against sentencepiece, if that is installed
-    python bench.py --preset mistral-7b        twenty steps on random weights, on a GPU
+    python -m tools.bench                  steps on the 'small' model, a few lengths of text
+    python -m tools.bench --context 2048 --positions 64
+    python -m tools.bench tricks           each trick of fast/ alone, at T = 256
+    python -m tools.bench generation       a token with a thought against K + 1 steps without
+    python -m tools.bench loading          a 4 GB checkpoint against reading its bytes
+    python -m tools.bench tokenizing --data FILE     a text against sentencepiece, if it is there
+    python -m tools.bench --preset mistral-7b        twenty steps on random weights, on a GPU
 
 A step handles M = T + N J (K + A + 1) tokens. The floor of its time is M times what the same model
 spends per token in a plain language-model step, forward and backward, head and loss included; the
 floor of its memory M / T times what a plain step saves for its backward pass. Times are medians of
-steps that alternate, so that a busy machine slows both alike; memory is the peak over the loaded
-model, in a process of its own.
+steps that alternate, so that a busy machine slows all alike; memory is the peak over the loaded
+model, in a process of its own. "fast" is what train.py does, "plain" what its --plain does.
 """
 
 import argparse
@@ -29,19 +30,41 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
 
-import cost
+import fast
 import train
-from model import Mistral, MistralConfig, load_mistral, write_json, write_tensors
-from sample import execute, generate_steps, make_parser
-from thoughts import QuietStar, ThoughtConfig, quiet_star_loss
+from data import write_json
+from model import Mistral, MistralConfig, load_mistral
+from sample import execute, generate_steps, make_parser, pick_device
+from thoughts import QuietStar, ThoughtConfig, count_targets, quiet_star_loss
 from tokenizer import load_tokenizer
+from tools import plan
 
 SMALL = MistralConfig(4096, 288, 768, 6, 6, 2)  # 7.7 M parameters
 LARGE = MistralConfig(32000, 2560, 8960, 20, 20, 4)  # 2 G parameters, 4 GB in bfloat16
 MISTRAL_7B = MistralConfig(32000, 4096, 14336, 32, 32, 8, sliding_window=4096)
 MEGABYTE = 1e6
+
+
+def attention_alone(model: QuietStar) -> None:
+    """The fast attention of thoughts, and nothing else of fast/."""
+    model.thought_cache = fast.FastThoughtCache
+
+
+def logp_alone(model: QuietStar) -> None:
+    """log p without keeping logits, and nothing else of fast/."""
+    model.token_logits, model.token_logp = fast.token_logits, fast.token_logp
+
+
+PATHS: dict[str, Callable[[QuietStar], object]] = {
+    "plain": lambda model: None,
+    "attention": attention_alone,
+    "logp": logp_alone,
+    "fast": fast.apply,
+    "fast, checkpointing": partial(fast.apply, checkpointing=True),
+}
 
 
 @dataclass(frozen=True)
@@ -52,24 +75,23 @@ class Case:
     K: int = 9
     A: int = 4
     N: int = 2
-    checkpointing: bool = False
     positions: int | None = None  # J, spread evenly; none: all that have A targets
 
     @property
     def tokens(self) -> int:
         """M, the tokens that a step handles."""
         J = self.positions or self.T - self.A
-        return cost.Work(1, 1, self.T, J).tokens(ThoughtConfig(self.N, self.K, self.A))
+        return plan.Work(1, 1, self.T, J).tokens(ThoughtConfig(self.N, self.K, self.A))
 
 
 CASES = (Case(64), Case(256), Case(512), Case(512, K=13, A=8))
 
 
-def make(case: Case) -> tuple[QuietStar, Tensor]:
+def make(case: Case, path: str = "plain") -> tuple[QuietStar, Tensor]:
     """The small model with random weights, and a random text [1, T]."""
     torch.manual_seed(0)
-    config = ThoughtConfig(case.N, case.K, case.A, init_id=0)
-    model = QuietStar(Mistral(SMALL), config, case.checkpointing)
+    model = QuietStar(Mistral(SMALL), ThoughtConfig(case.N, case.K, case.A, init_id=0))
+    PATHS[path](model)
     return model, torch.randint(SMALL.vocab_size, (1, case.T))
 
 
@@ -100,15 +122,17 @@ def seconds(step: Callable[[QuietStar, Tensor], None], model: QuietStar, ids: Te
     return time.perf_counter() - begin
 
 
-def time_ratio(case: Case, repeats: int) -> tuple[float, float]:
-    """Median seconds of a plain and of a Quiet-STaR step."""
-    model, ids = make(case)
+def time_steps(case: Case, paths: list[str], repeats: int) -> tuple[float, list[float]]:
+    """Median seconds of a plain language-model step, and of a Quiet-STaR step on each path."""
+    models = [make(case, path)[0] for path in paths]
+    ids = make(case)[1]
     plain, quiet = [], []
     for _ in range(repeats + 1):  # the first is warm-up
-        plain.append(statistics.median(seconds(plain_step, model, ids) for _ in range(5)))
+        plain.append(statistics.median(seconds(plain_step, models[0], ids) for _ in range(5)))
         thinking = partial(quiet_step, positions=case.positions)
-        quiet.append(seconds(thinking, model, ids))
-    return statistics.median(plain[1:]), statistics.median(quiet[1:])
+        quiet.append([seconds(thinking, model, ids) for model in models])
+    medians = [statistics.median(times) for times in zip(*quiet[1:], strict=True)]
+    return statistics.median(plain[1:]), medians
 
 
 def saved_bytes(case: Case) -> int:
@@ -129,10 +153,10 @@ def saved_bytes(case: Case) -> int:
     return sum(storages.values())
 
 
-def peak_bytes(case: Case) -> int:
+def peak_bytes(case: Case, path: str) -> int:
     """Peak resident memory of a Quiet-STaR step over that of the loaded model."""
     torch.set_num_threads(1)
-    model, ids = make(case)
+    model, ids = make(case, path)
     quiet_step(model, ids[:, : case.A + 4])  # what loads on first use
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak; Linux only
     before = resident("VmRSS")
@@ -156,24 +180,37 @@ def resident(field: str) -> int:
     return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) * 1024
 
 
-def bench_steps(options: argparse.Namespace) -> None:
-    """Training steps against their floors."""
-    given = {"K": options.thought_length, "A": options.n_true, "positions": options.positions}
-    given = {name: value for name, value in given.items() if value is not None}
-    cases = (Case(options.context),) if options.context else CASES
-    cases = [replace(case, checkpointing=options.checkpointing, **given) for case in cases]
-    print("   T   K  A      M   plain s   floor s    ours s   ratio   peak MB  floor MB   ratio")
-    for case in cases:
-        plain, quiet = time_ratio(case, options.repeats)
-        floor = plain * case.tokens / case.T
-        peak = in_its_own_process(peak_bytes, case)
-        least = saved_bytes(case) * case.tokens / case.T
+def show_row(case: Case, paths: list[str], repeats: int) -> None:
+    """Time and memory of a case over their floors, on each path."""
+    plain, times = time_steps(case, paths, repeats)
+    floor, least = plain * case.tokens / case.T, saved_bytes(case) * case.tokens / case.T
+    head = f"{case.T:4d}  {case.K:2d} {case.A:2d} {case.tokens:6d}  {plain:8.4f}  {floor:7.3f} s"
+    for path, quiet in zip(paths, times, strict=True):
+        peak = in_its_own_process(peak_bytes, case, path)
         print(
-            f"{case.T:4d}  {case.K:2d} {case.A:2d} {case.tokens:6d}  {plain:8.4f}  {floor:8.3f}  "
-            f"{quiet:8.3f}  {quiet / floor:6.3f}  {peak / MEGABYTE:8.0f}  {least / MEGABYTE:8.0f}  "
+            f"{head}  {path:20}{quiet:7.3f} s  {quiet / floor:6.3f}  {peak / MEGABYTE:6.0f} MB  "
             f"{peak / least:6.3f}",
             flush=True,
         )
+
+
+HEAD = "   T   K  A      M   LM step    floor    path                time      ratio   peak   ratio"
+
+
+def bench_steps(options: argparse.Namespace) -> None:
+    """Training steps against their floors, on the fast path and on the plain one."""
+    given = {"K": options.thought_length, "A": options.n_true, "positions": options.positions}
+    given = {name: value for name, value in given.items() if value is not None}
+    print(HEAD)
+    for case in (Case(options.context),) if options.context else CASES:
+        paths = ["fast, checkpointing"] if options.checkpointing else ["fast", "plain"]
+        show_row(replace(case, **given), paths, options.repeats)
+
+
+def bench_tricks(options: argparse.Namespace) -> None:
+    """What each trick of fast/ brings alone."""
+    print(HEAD)
+    show_row(Case(options.context or 256), list(PATHS), options.repeats)
 
 
 def bench_generation(options: argparse.Namespace) -> None:
@@ -234,7 +271,7 @@ def write_shards(folder: Path, config: MistralConfig, shards: int) -> int:
             part[key] = torch.randn(shapes[name]).bfloat16()
             weight_map[key] = file
             total += part[key].nbytes
-        write_tensors(folder / file, part)
+        save_file(part, folder / file)
     write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
     write_json(folder / "config.json", {"model_type": "mistral", **asdict(config)})
     return total
@@ -266,7 +303,7 @@ def bench_tokenizing(options: argparse.Namespace) -> None:
         raise ValueError("tokenizing compares with sentencepiece; pip install it first") from None
     if options.data is None:
         raise ValueError("tokenizing needs --data, a text of some megabytes")
-    model = Path(__file__).parent / "tests" / "fixtures" / "tokenizer.model"
+    model = Path(__file__).parents[1] / "tests" / "fixtures" / "tokenizer.model"
     text = Path(options.data).read_text(encoding="utf-8")
     ours, theirs = load_tokenizer(model), sentencepiece.SentencePieceProcessor(str(model))
     encoders = {"sentencepiece": theirs.encode, "ours": ours.encode}
@@ -287,40 +324,43 @@ def bench_tokenizing(options: argparse.Namespace) -> None:
 
 def bench_preset(options: argparse.Namespace) -> None:
     """Steps of --preset mistral-7b on random weights of the real shape, made on the device."""
-    device = train.pick_device(options.device)
-    settings = train.Settings(**train.PRESETS[options.preset], masters=False)
+    device = pick_device(options.device)
+    settings = train.Settings(**train.PRESETS[options.preset])
     config = ThoughtConfig(init_id=0)
-    work = train.work_of(settings, config)
-    plan = cost.memory_plan(MISTRAL_7B, config, work, 2, 4, settings.checkpointing)
-    print(cost.show_plan(plan, cost.free_memory(device)))
+    work = plan.work_of(settings, config)
+    sizes = plan.memory_plan(MISTRAL_7B, config, work, 2, 4, settings.checkpointing)
+    print(plan.show_plan(sizes, plan.free_memory(device)))
     with device:
         base = Mistral(MISTRAL_7B).bfloat16()
-    model = QuietStar(base, config, settings.checkpointing)
-    optimizer = train.make_optimizer([{"params": list(model.parameters()), "lr": 1e-6}], settings)
-    peak, generator = cost.peak_flops(device, torch.bfloat16), torch.Generator().manual_seed(0)
-    flops, seconds = cost.step_flops(MISTRAL_7B, config, work), []
+    model = QuietStar(base, config)
+    optimizer = train.make_optimizer(model, settings)
+    peak, generator = plan.peak_flops(device, torch.bfloat16), torch.Generator().manual_seed(0)
+    flops, positions = plan.step_flops(MISTRAL_7B, config, work), torch.arange(work.J)
     for step in range(options.steps):
         ids = torch.randint(MISTRAL_7B.vocab_size, (work.batch, work.T), generator=generator)
-        ids = ids.to(device)
-        cost.synchronize(device)
+        ids, mask = ids.to(device), torch.ones_like(ids, device=device) > 0
+        counts = count_targets(mask, positions, config.n_true)
+        plan.synchronize(device)
         begin = time.perf_counter()
         optimizer.zero_grad()
-        metrics = train.quiet_star_step(model, ids, torch.ones_like(ids) > 0, settings, generator)
+        for part, targets in zip(ids.split(1), mask.split(1), strict=True):
+            train.thought_loss(model, part, targets, positions, counts, generator)[0].backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
         optimizer.step()
-        cost.synchronize(device)
-        seconds.append(time.perf_counter() - begin)
+        plan.synchronize(device)
+        seconds = time.perf_counter() - begin
         used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
         print(
-            f"step {step + 1}  loss {metrics['loss'].item():.3f}  {seconds[-1]:.2f} s  "
-            f"{ids.numel() / seconds[-1]:.0f} tokens/s  {flops / seconds[-1] / peak:.1%} of the "
-            f"{peak / 1e12:.1f} TFLOP/s of a matrix product  peak memory {used / 1e9:.1f} GB",
+            f"step {step + 1}  {seconds:.2f} s  {ids.numel() / seconds:.0f} tokens/s  "
+            f"mfu {flops / seconds / peak:.1%} of the {peak / 1e12:.1f} TFLOP/s of a matrix "
+            f"product  peak memory {used / 1e9:.1f} GB",
             flush=True,
         )
 
 
 BENCHES = {
     "steps": bench_steps,
+    "tricks": bench_tricks,
     "generation": bench_generation,
     "loading": bench_loading,
     "tokenizing": bench_tokenizing,
@@ -339,7 +379,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("what", nargs="?", choices=BENCHES, default="steps", help="what to measure (steps)")
-    add("--context", type=int, help="steps: tokens of text (T); none: four cases, as in README")
+    add(
+        "--context",
+        type=int,
+        help="steps: tokens of text (T); none: four cases, as in docs/cost.md",
+    )
     add("--thought-length", type=int, help="steps, generation: K (9; the last of the four: 13)")
     add("--n-true", type=int, help="steps: A (4; the last of the four: 8)")
     add("--positions", type=int, help="steps: positions that think (J); none: all")

@@ -1,6 +1,6 @@
 """Draw the training curves of a run of train.py; needs matplotlib.
 
-python plot.py runs/1 --out curves.png
+python -m tools.plot runs/1 --out curves.png
 """
 
 import argparse
@@ -34,7 +34,7 @@ def read_metrics(run: Path) -> dict[str, list[float]]:
         try:
             row = json.loads(line)
             if row["stage"] == "quiet_star" and "talk_nll" not in row:
-                raise ValueError("a run of --thoughts none has no thoughts to draw")
+                raise ValueError("a step without thoughts has no curves here")
             if row["stage"] == "quiet_star":
                 for name in names:
                     metrics[name].append(float(row[name]))

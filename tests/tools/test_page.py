@@ -3,15 +3,20 @@
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
 from tiny import random_ids, think_slowly, tiny_quiet_star
 
-import page
 from data import Tokens
-from page import Record, Thought, extremes, level, read_thoughts, render, visible
-from thoughts import ThoughtConfig
+from model import save_mistral
+from thoughts import ThoughtConfig, save_quiet_star
+from tokenizer import save_byte_tokenizer
+from tools import page
+from tools.page import Record, Thought, extremes, figures, level, read_thoughts, render, visible
+
+HTML = Path(page.__file__).with_name("page.html").read_text(encoding="utf-8")
 
 
 class Numbers:
@@ -120,23 +125,23 @@ def test_the_color_is_the_mean_of_the_next_tokens_gains():
 def test_extremes_by_hand():
     """One thought of a token in each list, in order, and only those that raise or lower."""
     records = [record("a", 0.5, 0.75), record("b", -0.5, 1.5), record("c", -1.0, -0.25), LAST]
-    strongest, worst = extremes(records)
+    strongest, worst = extremes(records, 1), extremes(records, -1)
     assert [(i, thought.text) for i, thought in strongest] == [(1, "b1.5"), (0, "a0.75")]
     assert [(i, thought.text) for i, thought in worst] == [(2, "c-1.0"), (1, "b-0.5")]
     many = [record(str(i), i / 8) for i in range(1, 10)]
-    assert [i for i, _ in extremes(many)[0]] == [8, 7, 6, 5, 4]
-    assert extremes(many)[1] == []
+    assert [i for i, _ in extremes(many, 1)] == [8, 7, 6, 5, 4]
+    assert extremes(many, -1) == []
 
 
 def test_figures_by_hand():
     """Means over tokens of log p and gain; 0.02 is neither raised nor lowered."""
     records = [record("a", 0.5, 1.5), record("b", 0.02), record("c", -0.5), LAST]
-    values = re.findall(r"<dd>(.*?)</dd>", page.figures(records))
+    values = re.findall(r"<dd>(.*?)</dd>", draw(records))
     change = f"{(1.0 + 0.02 - 0.5) / 3:+.3f}"
     shown = [re.sub("<.*?>", "", value).replace("−", "-") for value in values]
     assert shown == ["3", "-2.000", f"{-2 + float(change):+.3f}", change, "33.3 %", "33.3 %"]
     with pytest.raises(ValueError, match="nothing to predict"):
-        page.figures([LAST])
+        figures([LAST])
 
 
 # ---------------------------------------------------------------------------------------- the page
@@ -176,7 +181,7 @@ class Page(HTMLParser):
 
 
 def draw(records, title="title", **config):
-    return render(records, title, "note", ThoughtConfig(**config))
+    return render(records, title, ThoughtConfig(**config), seed=0, context=9)
 
 
 NASTY = [
@@ -189,6 +194,7 @@ NASTY = [
     "\t",
     "\\n",
     "—é",
+    "$title${records}$$",
 ]
 
 
@@ -204,6 +210,16 @@ def test_text_and_thoughts_are_escaped():
     assert found.tokens == [*NASTY, "end"]
     assert [row[1][0][0] for row in json.loads(found.json)[:-1]] == NASTY
     assert found.said.count(NASTY[0]) == 3  # title, heading, thought in the summary
+
+
+def test_a_name_of_the_template_in_a_text_stays_as_it_is():
+    drawn = draw([Record("$title", -2.0, [Thought("$records", 0.0, 1.0, -1.5)]), LAST], "$tokens")
+    found = Page(drawn)
+    assert found.tokens[0] == "$title"
+    assert json.loads(found.json)[0][1][0][0] == "$records"
+    assert found.said.count("$tokens") == 2  # title, heading
+    names = set(re.findall(r"\$(\w+)", HTML))
+    assert set(re.findall(r"\$(\w+)", drawn)) & names == {"title", "records", "tokens"}
 
 
 def test_what_cannot_be_seen_is_spelled_out():
@@ -241,6 +257,18 @@ def test_the_page_needs_nothing_else():
     assert not re.search(r"src=|<link|@import|url\(|https?:|fetch|import\(", drawn)
 
 
+def test_the_legend_has_the_colors_of_all_levels():
+    """From the most lowered to the most raised: each bound in the colour that begins there."""
+    shades = re.findall(r'<li class="(\w+)">(.*?)</li>', HTML)
+    assert [float(shade.replace("−", "-")) for _, shade in shades] == [
+        *(-bound for bound in reversed(page.BOUNDS)),
+        *page.BOUNDS,
+    ]
+    for name, shade in shades:
+        assert page.color_class(float(shade.replace("−", "-"))) == f' class="{name}"'
+    assert f"raised by\n{page.BOUNDS[2]} or more" in HTML  # where the underlined ones begin
+
+
 def luminance(color):
     """Relative luminance of "#rrggbb" (WCAG 2)."""
     channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
@@ -251,7 +279,7 @@ def luminance(color):
 @pytest.mark.parametrize("scheme", [0, 1])
 def test_contrast(scheme):
     """WCAG AA, 4.5 to 1: the text on every colour, grey text and links where there is none."""
-    block = re.findall(r":root \{(.*?)\}", page.STYLE, re.DOTALL)[scheme]  # light, dark
+    block = re.findall(r":root \{(.*?)\}", HTML, re.DOTALL)[scheme]  # light, dark
     colors = dict(re.findall(r"--(\w+): (#\w{6})", block))
 
     def contrast(one, other):
@@ -264,3 +292,67 @@ def test_contrast(scheme):
     for ground in ("page", "card"):
         assert contrast("soft", ground) >= 4.5
         assert contrast("link", ground) >= 4.5
+
+
+# ------------------------------------------------------------------------------ the command line
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A plain and a thinking checkpoint over the byte tokenizer."""
+    plain, thinking = tmp_path_factory.mktemp("plain"), tmp_path_factory.mktemp("thinking")
+    model = tiny_quiet_star(V=258, init_id=257)
+    save_mistral(model.model, plain)
+    save_quiet_star(model, thinking)
+    for folder in (plain, thinking):
+        save_byte_tokenizer(folder)
+    return plain, thinking
+
+
+def test_page_of_a_text(folders, tmp_path):
+    """One span for each token of the file, the same page for the same seed."""
+    text, first, second = (tmp_path / name for name in ("text.txt", "1.html", "2.html"))
+    text.write_text("12=0\n12=é", encoding="utf-8")
+    for file in (first, second):
+        options = ["--text", str(text), "--html", str(file), "--context", "6", "--device", "cpu"]
+        page.main(["--model", str(folders[1]), *options])
+    drawn = first.read_text(encoding="utf-8")
+    assert drawn == second.read_text(encoding="utf-8")
+    assert drawn.count("<span") == 10
+    assert r"\xc3</span>" in drawn  # a byte of é, which is no character
+    assert "seed 0" in drawn
+    assert "sequences of 6 tokens" in drawn
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "the following arguments are required: --text, --html"),
+        (["--text", "TEXT"], "the following arguments are required: --html"),
+        (["--html", "x.html"], "the following arguments are required: --text"),
+        (["--text", "TEXT", "--html", "x.html", "--prompt", "x"], "unrecognized arguments"),
+        (["--text", "TEXT", "--html", "nowhere/x.html"], "its folder does not exist"),
+        (["--text", "TEXT", "--html", "."], "--html . is a folder; give the name of a file"),
+        (["--text", "TEXT", "--html", "x.html", "--seed", "-1"], "must be a whole number"),
+        (["--text", "TEXT", "--html", "x.html", "--context", "1"], "context is 1; it must be"),
+        (["--text", "TEXT", "--html", "x.html", "--device", "abacus"], "--device abacus cannot"),
+        (["--text", "SHORT", "--html", "x.html"], "nothing to predict"),
+        (["--text", "nowhere.txt", "--html", "x.html"], "cannot read nowhere.txt"),
+        (["--model", "PLAIN", "--text", "TEXT", "--html", "x.html"], "no thoughts to show"),
+    ],
+)
+def test_bad_page_is_one_line_and_exit_code_2(
+    folders, tmp_path, monkeypatch, capsys, options, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "long.txt").write_text("12=0\n")
+    (tmp_path / "short.txt").write_text("1")
+    names = {"PLAIN": str(folders[0]), "TEXT": "long.txt", "SHORT": "short.txt"}
+    given = ["--model", str(folders[1]), "--device", "cpu", *(names.get(o, o) for o in options)]
+    with pytest.raises(SystemExit) as stopped:
+        page.main(given)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.partition("error: ")[2].count("\n") == 1  # a status line may stand before
+    assert not (tmp_path / "x.html").exists()

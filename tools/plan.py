@@ -1,19 +1,37 @@
-"""What a step costs before it is run: arithmetic and memory, counted from shapes.
+"""What a step of training costs before it is run: memory and arithmetic, counted from shapes.
 
+    python -m tools.plan                                       the built-in corpus' small model
+    python -m tools.plan --preset mistral-7b --positions 128   the shape of Mistral 7B
+    python -m tools.plan --checkpoint FOLDER --micro-batch 2   the shape of a checkpoint
+
+Options are those of train.py. The plan is of its fast path (--plain keeps more activations).
 Letters as in model.py and thoughts.py; rows = N * J thoughts of a sequence.
 """
 
+import argparse
 import math
 import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from model import MistralConfig
+from model import MistralConfig, read_config
+from sample import DTYPES, execute, make_parser, pick_device
 from thoughts import ThoughtConfig
+from train import (
+    BASE,
+    BUILT_IN,
+    BUILT_IN_THOUGHTS,
+    PRESETS,
+    Settings,
+    add_settings,
+    make_settings,
+)
 
 GIGABYTE = 1e9
+SHAPES = {"mistral-7b": MistralConfig(32000, 4096, 14336, 32, 32, 8, sliding_window=4096)}
 
 
 @dataclass(frozen=True)
@@ -29,6 +47,12 @@ class Work:
         """M = T + N J (K + A + 1): the tokens of a sequence and of all its thoughts' steps."""
         steps = thoughts.thought_length + thoughts.n_true + 1
         return self.T + thoughts.n_thoughts * self.J * steps
+
+
+def work_of(settings: Settings, thoughts: ThoughtConfig) -> Work:
+    """The shape of a step of Quiet-STaR."""
+    B, T = settings.batch_size, settings.context
+    return Work(B, settings.micro_batch or B, T, settings.positions or T - thoughts.n_true)
 
 
 def parameters(model: MistralConfig) -> tuple[int, int, int]:
@@ -80,9 +104,10 @@ def memory_plan(
     L = model.num_hidden_layers
     rows, steps = N * work.J, K + A + 1
     wide = max(weight_bytes, 4) / weight_bytes  # norms and logits are in float32
-    layer = 2 * (1 + 2 * wide) * D + 3 * H + 2 * kv + 4 * inner  # kept of a token in a layer
-    text = work.T * (L * (layer + 2 * H) + 3 * D)
-    thought = rows * steps * L * (D + 2 * H + 2 * kv if checkpointing else layer)
+    layer = 2 * (1 + 2 * wide) * D + 3 * H + 2 * kv + 4 * inner  # of a token in a layer
+    kept = D + 2 * H + 2 * kv if checkpointing else layer
+    text = work.T * (L * (kept + 2 * H) + 3 * D)
+    thought = rows * steps * L * kept
     ends = rows * (steps * (2 + wide) * D + A * 8 * D)  # last norms, heads, mixing
     passing = 3 * wide * rows * model.vocab_size + 2 * rows * layer
     _, _, count = parameters(model)
@@ -129,3 +154,64 @@ def synchronize(device: torch.device) -> None:
     """Wait for the device: its work is queued, and a clock read before it ends means nothing."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+# ------------------------------------------------------------------------------ the command line
+
+
+def read_shape(given: dict) -> tuple[MistralConfig, Settings, ThoughtConfig]:
+    """The model's shape and both kinds of settings, from options of train.py."""
+    preset = given.pop("preset", None)
+    shape = SHAPES.get(preset, BASE)
+    if "checkpoint" in given:
+        shape = read_config(Path(given["checkpoint"]))
+    if shape is not BASE:  # nothing is read from either of them
+        given = {"checkpoint": preset, "data": ()} | given
+    return shape, *make_settings(PRESETS.get(preset, {}) | given)
+
+
+def hints(settings: Settings) -> list[str]:
+    """What takes less memory than the settings do."""
+    unused = {
+        "--micro-batch 1": (settings.micro_batch or settings.batch_size) > 1,
+        "--checkpointing": not settings.checkpointing,
+        "--dtype bfloat16 --no-masters": settings.masters or settings.dtype == "float32",
+    }
+    smaller = "a smaller --positions, --context, --n-thoughts or --thought-length, a smaller model"
+    return [*filter(unused.get, unused), smaller]
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print the plan of what the options ask for."""
+    given = dict(vars(options))
+    free = free_memory(pick_device(given.pop("device")))
+    shape, settings, thoughts = read_shape(given)
+    if settings.plain:
+        raise ValueError("--plain is given, and the plan is of the fast path; leave it out")
+    work, weight = work_of(settings, thoughts), DTYPES[settings.dtype].itemsize
+    state = 8 if weight == 4 else 12 if settings.masters else 4  # bytes a parameter: fast/adamw.py
+    plan = memory_plan(shape, thoughts, work, weight, state, settings.checkpointing)
+    print(show_plan(plan, free))
+    if free is not None:
+        fits = plan["total"] <= free
+        print("it fits" if fits else f"it does not fit: try {', '.join(hints(settings))}")
+    flops = step_flops(shape, thoughts, work)
+    print(
+        f"a step: {work.batch} sequences of M = {work.tokens(thoughts)} tokens, "
+        f"thoughts included; {flops:.3g} floating-point operations"
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--preset", choices=SHAPES, default=argparse.SUPPRESS, help="settings and shape of a model")
+    add("--device", help="cpu, cuda, mps; none: the best there is")
+    add_settings(parser, Settings, BUILT_IN)
+    add_settings(parser, ThoughtConfig, BUILT_IN_THOUGHTS)
+    execute(parser, run, arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,337 @@
+"""The experiments: controls, what they cost by hand, what is run again and what is not, tables."""
+
+import json
+from functools import partial
+from multiprocessing.pool import ThreadPool
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny import random_ids, tiny_quiet_star
+
+import data
+import train
+from model import MistralConfig, load_mistral
+from thoughts import count_targets, load_quiet_star
+from tokenizer import load_tokenizer
+from tools import experiments
+
+TINY = {"steps": 4, "base_steps": 4, "context": 16, "lr": 1e-3, "save_every": 2}
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Runs that take no time, in this process."""
+    monkeypatch.setattr(train, "CORPUS_LINES", 300)
+    monkeypatch.setattr(train, "BASE", MistralConfig(258, 16, 32, 1, 2, 1))
+    monkeypatch.setitem(train.BASE_SETTINGS, "batch_size", 4)
+    monkeypatch.setattr(train, "BUILT_IN", TINY)
+    monkeypatch.setattr(train, "BUILT_IN_THOUGHTS", {"thought_length": 2, "n_true": 2})
+    monkeypatch.setattr(experiments, "HELD_OUT_LINES", 9)
+    context = SimpleNamespace(Pool=lambda workers, initializer: ThreadPool(1))
+    monkeypatch.setattr(experiments, "get_context", lambda method: context)
+
+
+def losses(run):
+    """(stage, step) -> every metric that is no measure of time."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return {
+        (line.pop("stage"), line.pop("step")): line
+        for line in lines
+        if line.pop("tokens_per_second")
+    }
+
+
+# ------------------------------------------------------------------------------------ the controls
+
+
+@pytest.mark.parametrize(
+    ("loss_of", "tokens"),
+    [(experiments.pause_loss, [23]), (experiments.random_loss, list(range(23)))],
+)
+def test_forced_thoughts(monkeypatch, loss_of, tokens):
+    """2 sequences, 3 thoughts of 3 tokens at 40 positions, 23 tokens in the vocabulary."""
+    model, ids, positions = tiny_quiet_star(), random_ids(2, 42), torch.arange(40)
+    monkeypatch.setattr(experiments, "quiet_star_loss", lambda output, config, counts: output)
+    generator = torch.Generator().manual_seed(3)
+    targets = torch.ones_like(ids) > 0
+    thoughts = loss_of(model, ids, targets, positions, (82, 80), generator).thought_ids
+    assert thoughts.shape == (2, 3, 40, 3)
+    assert model.start_id == 23
+    assert thoughts.unique().tolist() == tokens  # 720 draws: one is missing once in 1e12
+
+
+@pytest.mark.parametrize("name", ["pause", "random"])
+def test_thoughts_of_a_control_are_forced_and_not_reinforced(name):
+    """The metrics are those of the language losses after just these thoughts."""
+    model, ids = tiny_quiet_star(policy_weight=5.0), random_ids(2, 9)
+    generator = torch.Generator().manual_seed(7)
+    forced = {
+        "pause": torch.full((2, 3, 7, 3), model.start_id),
+        "random": torch.randint(23, (2, 3, 7, 3), generator=generator),
+    }[name]
+    mask, positions = torch.ones(2, 9, dtype=torch.bool), torch.arange(7)
+    loss_of, generator = experiments.EXPERIMENTS[name].loss, torch.Generator().manual_seed(7)
+    counts = count_targets(mask, positions, 2)
+    loss, metrics = loss_of(model, ids, mask, positions, counts, generator)
+    output = model(ids, forced)
+    expected = output.base_nll.mean() / 2 + output.talk_nll.mean() / 2
+    assert metrics["loss"].item() == pytest.approx(expected.item(), rel=1e-6)
+    assert loss.item() == metrics["loss"].item()
+    assert metrics["policy_loss"] == 0
+
+
+@pytest.mark.parametrize(
+    ("positions", "name"), [(None, "pause"), (5, "random"), (None, "none"), (5, "none")]
+)
+def test_splitting_a_batch_changes_neither_gradient_nor_metrics(positions, name):
+    """4 sequences at once, one by one, or 3 and 1; with targets missing in some of them."""
+    ids = random_ids(4, 12)
+    mask = torch.ones(4, 12, dtype=torch.bool)
+    mask[0, 3] = mask[2, 7:] = False
+    loss_of, results = experiments.EXPERIMENTS[name].loss, []
+    for size in (None, 1, 3):
+        model, settings = tiny_quiet_star(), train.Settings(micro_batch=size, positions=positions)
+        generator = torch.Generator().manual_seed(7)
+        metrics = train.batch_gradient(model, loss_of, ids, mask, settings, 2, generator)
+        gradient = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        results.append(({n: torch.tensor(value) for n, value in metrics.items()}, gradient))
+    for other in results[1:]:
+        for whole, parts in zip(results[0], other, strict=True):
+            assert whole.keys() == parts.keys()
+            for n, value in whole.items():
+                assert (value - parts[n]).abs().max() < 1e-5 * (1 + value.abs().max()), n
+
+
+def test_training_without_thoughts_is_that_of_a_language_model(tmp_path, small):
+    """The losses are those of the base model trained on, step by step, on the same batches."""
+    experiments.main(["--out", str(tmp_path), "--seeds", "1", "--only", "none"])
+    home, folder = tmp_path / "seed0", tmp_path / "seed0" / "none"
+    assert len(losses(folder)) == 4
+    model = load_mistral(home / "base")
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=1e-3)
+    tokens = data.tokenize([data.make_corpus(1, 300, train.EXPLAINED)], load_tokenizer(home))
+    for step in range(4):
+        optimizer.param_groups[0]["lr"] = 1e-3 * (step + 1) / 20
+        ids, mask = tokens.batch(step, 8, 16, 0, torch.device("cpu"))
+        optimizer.zero_grad()
+        nll = torch.nn.functional.cross_entropy(model(ids)[:, :-1].mT, ids[:, 1:], reduction="none")
+        loss = nll[mask[:, 1:]].mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        line = losses(folder)["quiet_star", step + 1]
+        assert line["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert "reward" not in line
+    trained = load_quiet_star(folder / "quiet_star")
+    assert not trained.mixing_head[4].weight.any()  # w is still 1
+    head = load_quiet_star(folder / "quiet_star").model.lm_head.weight
+    assert torch.allclose(head, model.lm_head.weight, atol=1e-6)
+
+
+def test_start_and_end_begin_as_the_em_dash_or_at_random(tmp_path, small):
+    """As the em dash, or as two unlike vectors; the rest is the same."""
+    experiments.main(["--out", str(tmp_path), "--seeds", "1", "--only", "base"])
+    settings, thoughts = train.make_settings({})
+    settings = train.replace(settings, checkpoint=str(tmp_path / "seed0" / "base"))
+    dash, other = (
+        experiments.EXPERIMENTS[name].model(
+            settings, thoughts, tmp_path / name, torch.device("cpu")
+        )
+        for name in ("full", "init-random")
+    )
+    table, scale = dash.model.embed_tokens.weight, dash.config.embedding_scale
+    assert torch.equal(dash.start_embedding, table[257] / scale)
+    assert torch.equal(dash.end_embedding, table[257] / scale)
+    assert not torch.equal(other.start_embedding, other.end_embedding)
+    assert not (other.start_embedding * scale == table).all(1).any()
+    assert torch.equal(other.model.embed_tokens.weight, table)
+    assert train.replace(dash.config, init_id=None) == other.config
+
+
+# ------------------------------------------------------------------------------------- the table
+
+
+def test_cost_by_hand():
+    """T = 64, J = 62, N = 2, K = 6, A = 2, 100 steps of 8 sequences."""
+    costs = {name: experiment.tokens() for name, experiment in experiments.EXPERIMENTS.items()}
+    assert costs["full"] == 800 * (64 + 2 * 62 * 9)
+    assert costs["none"] == 800 * 64
+    assert costs["pause"] == costs["random"] == costs["full"]
+    assert costs["A4"] == 800 * (64 + 2 * 60 * 11)
+    assert costs["quarter"] == 800 * (64 + 2 * 16 * 9)
+    assert costs["quarter-equal-cost"] == pytest.approx(costs["full"], rel=0.5 / 335)
+    steps = experiments.EXPERIMENTS["quarter-equal-cost"].options["steps"]
+    assert steps == 335  # 100 * 1180 / 352
+
+
+def test_every_experiment_can_be_trained():
+    for name, experiment in experiments.EXPERIMENTS.items():
+        train.make_settings(experiment.options)
+        rows = [row for rows in experiments.TABLES.values() for row in rows.values()]
+        assert all(row == (name, experiment) for row in rows if row[0] == name)
+
+
+# ------------------------------------------------------------------------------------- the runs
+
+
+KINDS = ["full", "pause", "random", "none", "init-random"]
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "stopped_at"),
+    [("base", "base", 1), ("base", "base", 3)]
+    + [(name, "quiet_star", step) for name in KINDS for step in (1, 3)],
+)
+def test_resumed_run_has_the_losses_of_an_uninterrupted_one(
+    tmp_path, small, monkeypatch, name, stage, stopped_at
+):
+    """Stopped in the middle of a step, before or after the first checkpoint."""
+
+    def run(folder):
+        experiments.main(["--out", str(tmp_path / folder), "--seeds", "1", "--only", name])
+        home = tmp_path / folder / "seed0"
+        return home if name == "base" else home / name
+
+    class KilledError(Exception):
+        pass
+
+    whole, log = run("whole"), train.log
+
+    def log_or_die(folder, step, *rest):
+        log(folder, step, *rest)
+        if folder.name == stage and step == stopped_at:
+            raise KilledError
+
+    monkeypatch.setattr(train, "log", log_or_die)
+    with pytest.raises(KilledError):
+        run("killed")
+    monkeypatch.setattr(train, "log", log)
+    killed = run("killed")
+    assert losses(killed) == losses(whole)
+    lines = [(run / "metrics.jsonl").read_text().count("\n") for run in (killed, whole)]
+    assert lines == [4, 4]  # no step stands there twice
+    if name != "base":
+        one, other = (load_quiet_star(run / "quiet_star").parameters() for run in (killed, whole))
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_only_what_has_no_result_is_run(tmp_path, small, monkeypatch):
+    arguments = ["--out", str(tmp_path), "--seeds", "2", "--only", "full", "none"]
+    experiments.main(arguments)
+    names = ("base", "full", "none")
+    results = [tmp_path / f"seed{seed}" / f"{name}.json" for seed in (0, 1) for name in names]
+    before = {path: path.read_text() for path in results}
+    tables = (tmp_path / "tables.md").read_text()
+
+    trained, perform = [], experiments.perform
+    monkeypatch.setattr(experiments, "perform", lambda job: trained.append(job) or perform(job))
+    removed = tmp_path / "seed1" / "none.json"
+    removed.unlink()
+    experiments.main(arguments)
+    assert trained == [(tmp_path, "none", 1)]
+    assert {path: path.read_text() for path in results if path != removed} == {
+        path: text for path, text in before.items() if path != removed
+    }
+    assert (tmp_path / "tables.md").read_text() == tables
+    assert tables.count("| full Quiet-STaR | 2 | 1.00 |") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("full", ""), ("A1", "--n-true 1"), ("quarter", "--positions 16")]
+)
+def test_an_experiment_is_a_run_of_train(tmp_path, small, monkeypatch, name, options):
+    """The same losses as of `python train.py` with its options and a base model of its own."""
+    monkeypatch.setitem(TINY, "context", 24)
+    experiments.main(["--out", str(tmp_path), "--seeds", "2", "--only", name])
+    own = tmp_path / "own"
+    train.main(["--seed", "1", *options.split(), "--device", "cpu", "--out", str(own)])
+    expected = {key: line for key, line in losses(own).items() if key[0] == "quiet_star"}
+    assert losses(tmp_path / "seed1" / name) == expected
+    assert losses(tmp_path / "seed0" / name) != expected
+    result = json.loads((tmp_path / "seed1" / f"{name}.json").read_text())
+    assert result["metrics"]["loss"] == expected["quiet_star", 4]["loss"]
+    assert result["settings"]["seed"] == 1
+
+
+@pytest.mark.parametrize("name", ["pause", "random", "none"])
+def test_a_control_is_a_run_of_train_with_its_loss(tmp_path, small, monkeypatch, name):
+    experiments.main(["--out", str(tmp_path), "--seeds", "2", "--only", name])
+    with_its_loss = partial(train.train_thoughts, loss_of=experiments.EXPERIMENTS[name].loss)
+    monkeypatch.setattr(train, "train_thoughts", with_its_loss)
+    own = tmp_path / "own"
+    train.main(["--seed", "1", "--device", "cpu", "--out", str(own)])
+    expected = {key: line for key, line in losses(own).items() if key[0] == "quiet_star"}
+    assert losses(tmp_path / "seed1" / name) == expected
+    assert losses(tmp_path / "seed0" / name) != expected
+
+
+def made(right, logp=0.0, without=(1.0,), with_thought=(1.0,)):
+    """A result in which every row of the table has these scores."""
+    rows = {row for row, _ in experiments.COLUMNS.values()}
+    table = {row: {"right": right, "logp": logp} for row in rows}
+    return {"table": table, "nll": {"without": list(without), "with": list(with_thought)}}
+
+
+def test_tables_by_hand():
+    base = {"table": {"answers at once": {"right": 0.25, "logp": -2.0}}}
+    text = experiments.show_tables(
+        {
+            "full": [
+                made(0.5, -1.0, (0.0, 1.0, 2.0), (0.0, 1.0, 1.0)),
+                made(0.7, -2.0, (3.0, 4.0), (2.0, 4.0)),
+            ],
+            "none": [made(1.0, -0.25)],
+            "base": [base],
+        }
+    )
+    share, logp = "60.0 ± 14.1", "-1.500 ± 0.707"
+    row = " | ".join(["full Quiet-STaR", "2", "1.00", *[share] * 7, logp, logp])
+    assert f"| {row} |" in text
+    row = " | ".join(["trained on without thoughts", "1", "0.05", *["100.0"] * 7, *["-0.250"] * 2])
+    assert f"| {row} |" in text
+    row = " | ".join(["base model", "1", "-", "25.0", *["-"] * 8])
+    assert f"| {row} |" in text
+    assert "pause tokens in training" not in text  # it has no results
+    assert "5 tokens; perplexity 7.389 without thoughts, 4.953 with" in text  # e^2, e^1.6
+    assert " 4.000 ..  4.000           1   4.0000   4.0000  +0.0000" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--seeds", "0"], "--seeds and --workers must be at least 1"),
+        (["--only", "everything"], "invalid choice: 'everything'"),
+        (["--tables"], "run without --tables first"),
+    ],
+)
+def test_bad_input(tmp_path, capsys, options, message):
+    with pytest.raises(SystemExit) as stopped:
+        experiments.main(["--out", str(tmp_path), *options])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_run_begun_with_other_settings_is_not_continued(tmp_path, small, monkeypatch, capsys):
+    arguments = ["--out", str(tmp_path), "--seeds", "1", "--only", "full"]
+    experiments.main(arguments)
+    (tmp_path / "seed0" / "full.json").unlink()  # as if it had been stopped
+    changed = experiments.Experiment({"n_true": 1})
+    monkeypatch.setitem(experiments.EXPERIMENTS, "full", changed)
+    with pytest.raises(SystemExit) as stopped:
+        experiments.main(arguments)
+    assert stopped.value.code == 2
+    assert "seed0/full/settings.json has other settings (n_true 2)" in capsys.readouterr().err
+
+
+def test_results_of_other_settings_are_not_mixed_in(tmp_path, small, monkeypatch, capsys):
+    arguments = ["--out", str(tmp_path), "--seeds", "1", "--only", "full"]
+    experiments.main(arguments)
+    monkeypatch.setattr(train, "BUILT_IN", TINY | {"lr": 2e-3})
+    with pytest.raises(SystemExit) as stopped:
+        experiments.main(arguments)
+    assert stopped.value.code == 2
+    assert "has other settings (lr 0.001)" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        experiments.main([*arguments, "--tables"])
+    assert "has other settings (lr 0.001)" in capsys.readouterr().err

@@ -1,0 +1,1 @@
+"""What people run beside: python -m tools.NAME, each with --help."""
