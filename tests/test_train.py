@@ -1,6 +1,7 @@
 """The training loop: resuming, splitting batches, repeating a seed, refusing what cannot work."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -125,6 +126,50 @@ def test_splitting_a_batch_changes_neither_gradient_nor_metrics(positions):
         assert metrics == pytest.approx(results[0][0], rel=1e-5)
         for name, whole in results[0][1].items():
             assert (whole - gradients[name]).abs().max() < 1e-5 * (1 + whole.abs().max()), name
+
+
+def test_positions_are_drawn_anew_every_step():
+    """5 of the 10 that have 2 of 12 tokens ahead, the same for all parts of a batch."""
+    seen, generator = [], torch.Generator().manual_seed(0)
+
+    def loss_of(model, ids, targets, positions, counts, generator):
+        seen.append(positions.tolist())
+        return torch.zeros((), requires_grad=True), {}
+
+    ids, settings = random_ids(2, 12), train.Settings(positions=5, micro_batch=1)
+    for _ in range(20):
+        train.batch_gradient(None, loss_of, ids, torch.ones_like(ids) > 0, settings, 2, generator)
+    assert all(one == other for one, other in zip(seen[::2], seen[1::2], strict=True))
+    assert all(len(set(drawn)) == 5 and drawn == sorted(drawn) for drawn in seen)
+    assert {position for drawn in seen for position in drawn} == set(range(10))
+
+
+def test_thoughts_are_seeded_and_the_rates_are_those_given(tmp_path, monkeypatch):
+    """The generator of positions and thoughts, and both learning rates, after a warm-up of 2."""
+    seen = []
+
+    def loss_of(model, ids, targets, positions, counts, generator):
+        seen.append(generator.initial_seed())
+        return train.thought_loss(model, ids, targets, positions, counts, generator)
+
+    changed = partial(train.train_thoughts, loss_of=loss_of)
+    monkeypatch.setattr(train, "train_thoughts", changed)
+    run(tmp_path, "--seed 7 --lr 0.25 --mixing-lr 0.5 --warmup 2 --weight-decay 0.125")
+    assert set(seen) == {7}
+    state = torch.load(tmp_path / "quiet_star" / "training_state.pt", weights_only=True)
+    groups = state["optimizer"]["param_groups"]
+    assert [(group["lr"], group["weight_decay"]) for group in groups] == [
+        (0.25, 0.125),
+        (0.5, 0.125),
+    ]
+
+
+def test_gradients_are_clipped(tmp_path):
+    """Adam forgets the size of gradients, but its moments do not."""
+    run(tmp_path, "--clip 1e-6")
+    state = torch.load(tmp_path / "quiet_star" / "training_state.pt", weights_only=True)
+    moments = [moment["exp_avg"] for moment in state["optimizer"]["state"].values()]
+    assert 0 < torch.cat([moment.flatten() for moment in moments]).norm() < 1e-6
 
 
 def test_metrics_and_files(tmp_path):
