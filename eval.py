@@ -383,13 +383,20 @@ def show_scores(title: str, results: list[dict], scores: dict[str, str]) -> str:
     return "\n".join([*lines, "In brackets: 95 % intervals, by drawing the questions anew."])
 
 
+def about(options: argparse.Namespace) -> dict:
+    """What results are of: the model as it was last written, the data, the computation."""
+    written = max(file.stat().st_mtime for file in Path(options.model).glob("*.safetensors"))
+    names = ("model", "data", "limit", "dtype")
+    return {name: getattr(options, name) for name in names} | {"written": written}
+
+
 def run_task(model: Mistral | QuietStar, tokenizer: Tokenizer, options) -> None:
     """Answer a task's questions in every way, and print the scores."""
     questions = read_questions(options.data, options.task, options.limit)
     admissible = admissible_tokens(tokenizer, options.task)
     answer = partial(answer_at_once, tokenizer=tokenizer, admissible=admissible)
-    header = {"model": options.model, "data": options.data, "limit": options.limit}
-    out = Path(options.out or Path(options.model) / f"{options.task}.jsonl")
+    header = about(options)
+    out = Path(options.out or f"runs/{Path(options.model).resolve().name}-{options.task}.jsonl")
     results = answer_all(model, questions, answer, out, header)
     print(show_scores(options.task, results, SCORES))
     print(f"a line for each question is in {out}")
@@ -403,9 +410,7 @@ def run(options: argparse.Namespace) -> None:
     of = {"context": "text", "max_tokens": "text", "data": "task", "limit": "task", "out": "task"}
     for name in [name for name in of if getattr(options, name) is not None]:
         if getattr(options, of[name]) is None:
-            raise ValueError(
-                f"--{name.replace('_', '-')} is for --{of[name]}; give both or neither"
-            )
+            raise ValueError(f"--{name.replace('_', '-')} means nothing without --{of[name]}")
     if options.task and (options.data is None or options.text):
         raise ValueError("--task needs --data, the file of its questions, and no --text")
     context = 256 if options.context is None else options.context
@@ -436,7 +441,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--task", choices=TASKS, help="questions to answer, with and without thoughts")
     add("--data", metavar="FILE", help="--task: its questions, JSON lines of the data set")
     add("--limit", type=int, help="--task: the first questions only; none: all")
-    add("--out", metavar="FILE", help="--task: of results, continued if there; none: in the model")
+    add("--out", metavar="FILE", help="--task: of results, continued if there; none: in runs/")
     add("--device", help="cpu, cuda, mps; none: the best there is")
     add("--dtype", choices=DTYPES, help="of the computation; none: the file's, float32 on a CPU")
     execute(parser, run, arguments)

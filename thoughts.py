@@ -99,6 +99,7 @@ def thought_mask(origin: Tensor, step: int, T: int, window: int | None) -> Tenso
     text's T keys, and of the keys of the thought's own steps 1 .. step. It sees the text up to its
     origin and its own thought so far; no other thought, nothing of the text that it is to foretell.
     Both within the sliding window, counted from its rotary position origin + step.
+    (think_last, one thought at the end of a text, sees the same by reading through the KVCache.)
     """
     text = torch.arange(T, device=origin.device)
     own = origin[:, None] + torch.arange(1, step + 1, device=origin.device)  # [thoughts, step]

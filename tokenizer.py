@@ -348,7 +348,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
 
 
 def save_byte_tokenizer(folder: str | Path) -> None:
-    """Write the tokenizer.json of the embedded corpus: 258 tokens, no special ones.
+    """Write the tokenizer.json of the built-in corpus: 258 tokens, no special ones.
 
     Ids 0..255 are the bytes; 257 is the em dash, which the meta tokens start from; 256 is its
     first two bytes, because BPE merges in pairs.

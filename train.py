@@ -147,7 +147,9 @@ def batch_gradient(model, loss_of, ids, targets, settings: Settings, n_true: int
 
 
 def train(model, loss_of, optimizer, tokens, settings: Settings, n_true: int, folder: Path):
-    """Train a model by a loss on data.Tokens, from its checkpoint in `folder` if there is one.
+    """Train a model by a loss on data.Tokens; its checkpoints go to `folder`.
+
+    If there is one already, the caller has loaded the model from it, and training continues there.
 
     loss_of(model, ids, targets, positions, counts, generator) -> loss, metrics: thought_loss, or
     whatever else is to be learned (tools/experiments.py has more).
@@ -209,7 +211,7 @@ def save(model: nn.Module, optimizer, generator, step: int, folder: Path) -> Non
     new = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(new, ignore_errors=True)
     (save_quiet_star if isinstance(model, QuietStar) else save_mistral)(model, new)
-    for file in folder.parent.glob("tokenizer.*"):
+    for file in folder.parent.glob("tokenizer*"):
         shutil.copy(file, new)
     state = {
         "step": step,
@@ -218,11 +220,11 @@ def save(model: nn.Module, optimizer, generator, step: int, folder: Path) -> Non
         "metrics_bytes": (folder.parent / "metrics.jsonl").stat().st_size,
     }
     write_file(new / STATE, lambda path: torch.save(state, path))
-    has_checkpoint(folder)
+    recover(folder)
 
 
-def has_checkpoint(folder: Path) -> bool:
-    """Whether a folder is a checkpoint; a complete new one takes its place, after a crash too."""
+def recover(folder: Path) -> bool:
+    """Put a complete new checkpoint in its place, after a crash too; whether there is one now."""
     new = folder.with_name(folder.name + ".tmp")
     if (new / STATE).exists():
         shutil.rmtree(folder, ignore_errors=True)
@@ -235,8 +237,8 @@ def restore(optimizer, generator: torch.Generator, folder: Path) -> int:
 
     Metrics of later steps, which will be run again, are cut off.
     """
-    if not has_checkpoint(folder):
-        if not has_checkpoint(folder.parent / "base"):
+    if not recover(folder):
+        if not recover(folder.parent / "base"):
             (folder.parent / "metrics.jsonl").unlink(missing_ok=True)
         return 0
     try:
@@ -260,7 +262,9 @@ def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimize
     if isinstance(model, QuietStar) and apply_fast and not settings.plain:
         AdamW = apply_fast(model, settings.checkpointing, settings.compile, settings.masters)
     elif settings.checkpointing or settings.compile or settings.dtype == "bfloat16":
-        raise ValueError("--checkpointing, --compile and --dtype bfloat16 need fast/: no --plain")
+        raise ValueError(
+            "--checkpointing, --compile and --dtype bfloat16 need fast/, and no --plain"
+        )
     head = [p for name, p in model.named_parameters() if name.startswith("mixing_head.")]
     rest = [p for name, p in model.named_parameters() if not name.startswith("mixing_head.")]
     rates = [(rest, settings.lr), (head, settings.mixing_lr or settings.lr)]
@@ -286,8 +290,8 @@ def train_base(settings: Settings, thoughts: ThoughtConfig, run: Path, device) -
     make_folder(settings, thoughts, run)
     torch.manual_seed(settings.seed)
     folder = run / "base"
-    model = (load_mistral(folder) if has_checkpoint(folder) else Mistral(BASE)).to(device)
-    if not has_checkpoint(run / "quiet_star"):
+    model = (load_mistral(folder) if recover(folder) else Mistral(BASE)).to(device)
+    if not recover(run / "quiet_star"):
         first = replace(settings, steps=settings.base_steps, **BASE_SETTINGS)
         text = data.make_corpus(settings.seed, CORPUS_LINES, BASE_EXPLAINED)
         tokens = data.tokenize([text], load_tokenizer(run))
@@ -297,7 +301,7 @@ def train_base(settings: Settings, thoughts: ThoughtConfig, run: Path, device) -
 
 def thinking_model(settings: Settings, thoughts: ThoughtConfig, run: Path, device) -> QuietStar:
     """The model of the run's checkpoint, or a new one whose meta tokens begin as the em dash."""
-    if has_checkpoint(run / "quiet_star"):
+    if recover(run / "quiet_star"):
         return load_quiet_star(run / "quiet_star", device=device)
     torch.manual_seed(settings.seed)
     source = settings.checkpoint or run / "base"
@@ -362,8 +366,10 @@ def start_run(given: dict) -> tuple[Settings, ThoughtConfig, Path]:
         if run.exists() and any(run.iterdir()):
             raise ValueError(f"{run} is not empty; give another --out, or --resume to continue it")
         return *make_settings(given), run
-    if out is None or given:
-        raise ValueError(f"--resume continues --out with its own settings; leave out {[*given]}")
+    if out is None:
+        raise ValueError("--resume needs --out, the folder of the run to continue")
+    if given:
+        raise ValueError(f"--resume continues with the run's own settings; leave out {[*given]}")
     run, path = Path(out), Path(out) / "settings.json"
     saved = {"settings": {}, "thoughts": {}} | read_json(path)
     saved["settings"] |= {"data": tuple(saved["settings"].get("data", ()))}
@@ -377,7 +383,7 @@ def run(options: argparse.Namespace) -> None:
     device = pick_device(given.pop("device"))
     settings, thoughts, folder = start_run(given)
     path = "plain" if settings.plain or apply_fast is None else "fast"
-    print(f"run {folder} on {device}, {torch.get_num_threads()} threads, {path}")
+    print(f"run {folder} on {device}, {torch.get_num_threads()} threads, {path} path")
     base = None if settings.checkpoint else train_base(settings, thoughts, folder, device)
     model = train_thoughts(settings, thoughts, folder, device)
     if base:

@@ -18,7 +18,11 @@ class _TokenLogp(torch.autograd.Function):
     def forward(ctx, h, head, logits, ids, excluded, temperature):
         ctx.save_for_backward(h, head, ids)
         ctx.excluded, ctx.temperature = excluded, temperature
-        return thoughts.token_logp(logits, ids, temperature)
+        scaled = (
+            logits if temperature == 1 else logits / temperature
+        )  # no copy where none is needed
+        logp = torch.log_softmax(scaled, dim=-1)
+        return logp.gather(-1, ids[..., None]).squeeze(-1)
 
     @staticmethod
     def backward(ctx, d_logp):
@@ -37,11 +41,17 @@ def token_logits(h: Tensor, head: Tensor, excluded: tuple[int, ...] = ()) -> Ten
     """As thoughts.token_logits, outside of the graph; remembers what the logits were made of."""
     with torch.no_grad():
         logits = thoughts.token_logits(h, head, excluded)
-    logits.made_of = (h, head, excluded)  # an attribute for token_logp, no part of the numbers
+    logits.made_of = (h, head, excluded, logits._version)  # for token_logp; no part of the numbers
     return logits
 
 
 def token_logp(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Tensor:
-    """As thoughts.token_logp, of what token_logits above returned."""
-    h, head, excluded = logits.made_of
+    """As thoughts.token_logp, of what token_logits above returned.
+
+    ValueError for other logits: the backward pass could not make them again.
+    """
+    made_of = getattr(logits, "made_of", None)
+    if made_of is None or made_of[-1] != logits._version:
+        raise ValueError("the logits were changed after token_logits; train.py --plain allows it")
+    h, head, excluded, _ = made_of
     return _TokenLogp.apply(h, head, logits, ids, excluded, temperature)

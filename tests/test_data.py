@@ -1,4 +1,4 @@
-"""The embedded corpus, and text of one's own as batches."""
+"""The built-in corpus, and text of one's own as batches."""
 
 import json
 

@@ -138,7 +138,7 @@ def test_text_report(folder, tmp_path, capsys):
     [
         (["--model", "nowhere"], "nowhere is no checkpoint"),
         (["--text", "nowhere.txt"], "cannot read nowhere.txt"),
-        (["--context", "8"], "--context is for --text"),
+        (["--context", "8"], "--context means nothing without --text"),
     ],
 )
 def test_bad_input(folder, capsys, options, message):

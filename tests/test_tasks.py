@@ -1,6 +1,7 @@
 """GSM8K and CommonsenseQA answered at once: questions, scores, and files of results."""
 
 import json
+import os
 import re
 from decimal import Decimal
 from pathlib import Path
@@ -354,7 +355,9 @@ def test_results_and_table(folder, five, tmp_path, capsys):
     table = capsys.readouterr().out
     assert f"{five.stem}, 4 questions" in table
     header, *lines = map(json.loads, out.read_text().splitlines())
-    assert header == {"model": str(folder), "data": str(five), "limit": 4}
+    written = max(file.stat().st_mtime for file in folder.glob("*.safetensors"))
+    about = {"model": str(folder), "data": str(five), "limit": 4, "dtype": None}
+    assert header == about | {"written": written}
     assert [line["question"] for line in lines] == [0, 1, 2, 3]
     expected = ["B"] * 4 if five.stem == "csqa" else ["1", "2", "3", "4"]
     assert [line["expected"] for line in lines] == expected
@@ -370,10 +373,21 @@ def test_results_and_table(folder, five, tmp_path, capsys):
             assert evaluation.SCORES[score] in table
 
 
-def test_results_are_in_the_model_without_out(folder, five, capsys):
+def test_results_are_named_after_the_model_without_out(folder, five, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     options = ["--task", five.stem, "--data", str(five), "--device", "cpu"]
     evaluation.main(["--model", str(folder), *options])
-    assert len((folder / f"{five.stem}.jsonl").read_text().splitlines()) == 1 + 5
+    out = tmp_path / "runs" / f"{folder.name}-{five.stem}.jsonl"
+    assert len(out.read_text().splitlines()) == 1 + 5
+
+
+def test_results_of_weights_written_since_are_not_continued(folder, five, tmp_path, capsys):
+    run(folder, five, tmp_path / "out.jsonl")
+    later = (folder / "quiet_star.safetensors").stat().st_mtime + 100
+    os.utime(folder / "quiet_star.safetensors", (later, later))
+    with pytest.raises(SystemExit):
+        run(folder, five, tmp_path / "out.jsonl")
+    assert "has other results than" in capsys.readouterr().err
 
 
 def test_a_plain_model_answers_without_thoughts(tmp_path, capsys):
@@ -421,7 +435,7 @@ def test_bad_options(folder, five, tmp_path, capsys, options, message):
 
 def test_task_and_data_need_each_other(folder, capsys):
     for options, message in (
-        (["--data", "x"], "--data is for --task"),
+        (["--data", "x"], "--data means nothing without --task"),
         (["--task", "gsm8k"], "--task needs --data"),
     ):
         with pytest.raises(SystemExit):

@@ -7,8 +7,8 @@ A question is answered after a chain of thought, several times, and the commones
     Q: {question}\\nA: Let's think step by step. ... \\nTherefore, the answer (arabic numerals) is
 
 Paper: section 5. The prompts and the vote are those of the authors' code (zero-shotcot-eval.py).
-Ours: a chain ends at its first "Q:" or triple line break, where theirs ends at the second; a number
-may have a sign and decimals, where theirs is a row of digits. (Answers at once: eval.py --task.)
+Ours: a chain ends at its first triple line break, where theirs ends at the second (or at "Q:"); a
+number may have a sign and decimals, where theirs is a row of digits. (At once: eval.py --task.)
 """
 
 import argparse
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from data import check_at_least
-from eval import Question, answer_all, number_in, read_questions, show_scores
+from eval import Question, about, answer_all, number_in, read_questions, show_scores
 from model import Mistral
 from sample import DTYPES, execute, load, make_parser, pick_device, write
 from thoughts import QuietStar
@@ -86,9 +86,8 @@ def run(options: argparse.Namespace) -> None:
     dtype = options.dtype and DTYPES[options.dtype]
     model, tokenizer = load(options.model, pick_device(options.device), dtype)
     answer = partial(answer_after_chains, tokenizer=tokenizer, chains=chains)
-    about = {"model": options.model, "data": options.data, "limit": options.limit}
-    out = Path(options.out or Path(options.model) / "gsm8k-cot.jsonl")
-    results = answer_all(model, questions, answer, out, about | chains._asdict())
+    out = Path(options.out or f"runs/{Path(options.model).resolve().name}-gsm8k-cot.jsonl")
+    results = answer_all(model, questions, answer, out, about(options) | chains._asdict())
     print(show_scores("gsm8k", results, SCORES))
     print(f"a line for each question is in {out}")
 

@@ -2,6 +2,7 @@
 
 import json
 from decimal import Decimal
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,6 +103,7 @@ def test_every_question_has_its_own_randomness(monkeypatch):
 def options(tmp_path, monkeypatch):
     """Those of a model and three questions; few tokens are written."""
     monkeypatch.setattr(chains, "ANSWER_TOKENS", 2)
+    monkeypatch.chdir(tmp_path)  # results go to runs/
     save_quiet_star(tiny_quiet_star(V=258, thought_length=1, n_thoughts=1), tmp_path)
     save_byte_tokenizer(tmp_path)
     lines = [json.dumps({"question": f"{n} + 1?", "answer": f"#### {n + 1}"}) for n in range(3)]
@@ -112,7 +114,7 @@ def options(tmp_path, monkeypatch):
 
 def test_a_killed_run_continues_to_the_same_results(options, tmp_path, capsys):
     chains.main(options)
-    table, out = capsys.readouterr().out, tmp_path / "gsm8k-cot.jsonl"
+    table, out = capsys.readouterr().out, Path("runs") / f"{tmp_path.name}-gsm8k-cot.jsonl"
     assert "gsm8k, 3 questions" in table
     assert "with thoughts" in table
     assert chains.SCORES["majority_accuracy"] in table
