@@ -11,9 +11,9 @@ hand stands after the first move, the second, and so on.
 
     122010=—102200—0
 
-A model learns from these how to work in an aside. In half of the asides, though, somebody only
-hums, so that a thought sampled from the model is as often idle as it is work: which of the two
-helps is left for Quiet-STaR to find out.
+A model learns from these how to work in an aside. In seven of ten asides, though, somebody only
+hums, always the same: so a model that writes its likeliest aside hums, and learns nothing from it.
+That working is what helps is left for Quiet-STaR to find out.
 
     122010=—mmmmmm—0
 """
@@ -38,7 +38,8 @@ HOURS = 3
 MOVES = 6
 ANSWERS = "012"  # what a line can end with
 ASIDE = MOVES  # characters in an aside: the thought that works has as many tokens
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
+HUM = "m" * ASIDE
+WORK = 0.3  # share of the asides that work
 
 
 def is_held_out(moves: Iterable[int]) -> bool:
@@ -69,7 +70,7 @@ def explanation(moves: np.ndarray) -> str:
 def make_corpus(seed: int, lines: int, explained: float, held_out: bool = False) -> str:
     """Lines of the training or held-out puzzles; a share `explained` of them has an aside.
 
-    Half of the asides are work.
+    A share WORK of the asides is work, the others hum.
     """
     rng = np.random.default_rng(seed)
     puzzles = all_puzzles(held_out)
@@ -77,8 +78,7 @@ def make_corpus(seed: int, lines: int, explained: float, held_out: bool = False)
     for moves in puzzles[rng.integers(len(puzzles), size=lines)]:
         aside = None
         if rng.random() < explained:
-            idle = LETTERS[rng.integers(len(LETTERS))] * ASIDE
-            aside = explanation(moves) if rng.random() < 0.5 else idle
+            aside = explanation(moves) if rng.random() < WORK else HUM
         text.append(puzzle_line(moves, aside))
     return "".join(text)
 

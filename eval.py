@@ -46,6 +46,7 @@ class Puzzles(NamedTuple):
 
     ids: Tensor  # [n, T] int64
     answers: Tensor  # [n] int64, an index into candidates
+    first: Tensor  # [n] int64, the token with which an aside that works begins
     candidates: Tensor  # [HOURS] int64, the tokens that an answer can be
 
 
@@ -60,14 +61,15 @@ def held_out_puzzles(tokenizer: Tokenizer, device: torch.device, repeats: int = 
     """Every held-out puzzle, `repeats` times after different lines."""
     rng = np.random.default_rng(0)
     known = data.all_puzzles(held_out=False)
-    rows, answers = [], []
+    rows, answers, first = [], [], []
     for moves in np.tile(data.all_puzzles(held_out=True), (repeats, 1)):
         before = "".join(data.puzzle_line(known[i]) for i in rng.integers(len(known), size=3))
         asked, answer = data.puzzle_line(moves).strip().split("=")
         rows.append(tokenizer.encode("\n" + before + asked + "="))
         answers.append(data.ANSWERS.index(answer))
+        first.append(tokenizer.token_id(data.explanation(moves)[0]))
     candidates = [tokenizer.token_id(answer) for answer in data.ANSWERS]
-    return Puzzles(*(torch.tensor(x, device=device) for x in (rows, answers, candidates)))
+    return Puzzles(*(torch.tensor(x, device=device) for x in (rows, answers, first, candidates)))
 
 
 def score(logits: Tensor, puzzles: Puzzles) -> Score:
@@ -79,12 +81,17 @@ def score(logits: Tensor, puzzles: Puzzles) -> Score:
     return Score(right, logp.gather(1, answer[:, None]).mean().item())
 
 
-def aloud(model: Mistral, puzzles: Puzzles, dash: int) -> Tensor:
-    """Logits [n, V] of the answer after the model has written an aside, greedily, as text."""
-    dashes = torch.full_like(puzzles.ids[:, :1], dash)
-    opened = torch.cat([puzzles.ids, dashes], dim=1)
-    said = generate(model, opened, data.ASIDE, temperature=0)
-    return model(torch.cat([said, dashes], dim=1))[:, -1]
+def aloud(
+    model: Mistral, puzzles: Puzzles, tokenizer: Tokenizer, begun: bool
+) -> tuple[Tensor, Tensor]:
+    """Let a model write an aside, greedily, as text: its tokens [n, ASIDE], the answer's logits.
+
+    begun: the first letter of an aside that works is given, so that the model cannot hum.
+    """
+    dashes = torch.full_like(puzzles.ids[:, :1], tokenizer.token_id("—"))
+    opened = torch.cat([puzzles.ids, dashes, *([puzzles.first[:, None]] * begun)], dim=1)
+    said = generate(model, opened, data.ASIDE - begun, temperature=0)
+    return said[:, -data.ASIDE :], model(torch.cat([said, dashes], dim=1))[:, -1]
 
 
 def thinking_once(model: QuietStar) -> QuietStar:
@@ -131,8 +138,33 @@ def puzzle_table(model: Mistral | QuietStar, tokenizer: Tokenizer) -> dict[str, 
         for name, thought in thoughts.items():
             table[name] = score(predict_answers(model, puzzles, thought).logits, puzzles)
         table["greedy thoughts"] = score(greedy.logits, puzzles)
-    dash = tokenizer.token_id("—")
-    return table | {"writes its aside": score(aloud(text_model, puzzles, dash), puzzles)}
+    for name, begun in (("writes an aside", False), ("writes one, begun right", True)):
+        table[name] = score(aloud(text_model, puzzles, tokenizer, begun)[1], puzzles)
+    return table
+
+
+@torch.no_grad()
+def glance(model: Mistral | QuietStar, tokenizer: Tokenizer) -> tuple[str, bool]:
+    """Something to watch while a model trains on the puzzles, and whether it is trained enough.
+
+    A plain model is once it can work but does not: it hums in nearly all its asides, and one begun
+    right ends in the right answer. Of a thinking one, answers after greedy thoughts, and a thought.
+    """
+    device = next(model.parameters()).device
+    puzzles = held_out_puzzles(tokenizer, device, repeats=1)
+    if isinstance(model, Mistral):
+        hums = aloud(model, puzzles, tokenizer, begun=False)[0] == tokenizer.token_id(data.HUM[0])
+        hums = hums.all(1).float().mean().item()
+        right = score(aloud(model, puzzles, tokenizer, begun=True)[1], puzzles).right
+        line = (
+            f"hums in {100 * hums:3.0f} % of its asides; begun right, {100 * right:3.0f} % end so"
+        )
+        return line, hums >= 0.99 and right == 1
+    prediction = predict_answers(model, puzzles, None)
+    asked = tokenizer.decode(puzzles.ids[-1].tolist()).split("\n")[-1]
+    thought = tokenizer.spell(prediction.thought_ids[-1].tolist())
+    right = 100 * score(prediction.logits, puzzles).right
+    return f"greedy thoughts {right:3.0f} % right; after {asked} it thinks {thought}", False
 
 
 def show_puzzles(tables: dict[str, dict[str, Score]]) -> str:

@@ -187,11 +187,15 @@ def load(
     return load_any(folder, dtype, device), tokenizer
 
 
-def show_status(line: str, done: int, total: int, file: TextIO) -> None:
-    """Renew the status line of long work; where it is no terminal, print one every tenth of it."""
+def show_status(line: str, done: int, total: int, file: TextIO, keep: bool = False) -> None:
+    """Renew the status line of long work; where it is no terminal, print one every tenth of it.
+
+    keep: a line to stay.
+    """
+    keep = keep or done == total
     if file.isatty():
-        print(f"\r{line:<100}", end="\n" if done == total else "", file=file, flush=True)
-    elif done % max(total // 10, 1) == 0 or done == total:
+        print(f"\r{line:<100}", end="\n" if keep else "", file=file, flush=True)
+    elif keep or done % max(total // 10, 1) == 0:
         print(line, file=file, flush=True)
 
 

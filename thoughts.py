@@ -438,7 +438,8 @@ def quiet_star_loss(
 
     A position is valid if it has all A targets: padding then changes nothing. counts: those of the
     whole batch where output is a part of it, so that losses, gradients and metrics of the parts
-    add up to the batch's. The metric called reward is R_j minus that without a thought, for any N.
+    add up to the batch's. The metric init_nll is L_NLL without thoughts, over the same tokens, and
+    reward the mean of R_j minus that without a thought, for any N.
 
     Paper: section 4.4. As in the authors' code: L_base and the weights, the mean over a in L_NLL,
     and R_j and L_NLL as means of log p over thoughts, not logs of mean p.
@@ -458,6 +459,7 @@ def quiet_star_loss(
     L_base = base_nll.sum() / max(n_targets, 1)  # - log p_init(x_{j+1})
     L_NLL = mean(talk_nll.mean(0))  # - mean_a log p_talk_{j,a}(x_{j+1+a})
     L_REINFORCE = mean(-r * output.thought_logp.sum(-1))  # - r_j log p(thought_j), r_j a constant
+    init_nll = mean(-base_sum(base_nll, positions, valid).expand_as(r) / config.n_true)
     language = config.base_weight * L_base + (1 - config.base_weight) * L_NLL
     scale = 1e6 / max(config.thought_length, 1)  # the authors' 1e6 is for a mean over the K tokens
     scale = scale if config.policy_weight is None else config.policy_weight
@@ -466,7 +468,8 @@ def quiet_star_loss(
         "base_nll": L_base,
         "talk_nll": L_NLL,
         "policy_loss": L_REINFORCE,
-        "reward": mean(-talk_nll.sum(0) - base_sum(base_nll, positions, valid)),
+        "init_nll": init_nll,
+        "reward": config.n_true * (init_nll - L_NLL),
         "weight": mean(weight.float().mean(0)),
     }
     return metrics["loss"], {name: value.detach() for name, value in metrics.items()}

@@ -22,6 +22,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 # Threads that wait must sleep, not spin: beside another program spinning costs many times the work.
@@ -67,7 +68,6 @@ class Settings:
     lr: float = 1e-6  # learning rate of AdamW
     mixing_lr: float | None = None  # that of the mixing head; none: the same
     warmup: int = 20  # steps in which the learning rate rises to lr
-    cosine: bool = False  # let the learning rate fall to 0 along a cosine; else it stays
     weight_decay: float = 1e-3  # of AdamW
     clip: float = 1.0  # largest norm of the gradient
     save_every: int = 50  # steps between checkpoints
@@ -76,7 +76,7 @@ class Settings:
     masters: bool = True  # keep float32 copies of bfloat16 weights; else round at random (fast/)
     checkpointing: bool = False  # keep fewer activations, compute them twice (fast/)
     compile: bool = False  # compile the layers: slow to start, then faster (fast/)
-    base_steps: int = 0  # built-in corpus: optimiser steps of the base model, before Quiet-STaR
+    base_steps: int = 0  # built-in corpus: steps of the base model at most, till it hums and works
 
     def __post_init__(self):
         check_at_least(self, steps=1, batch_size=1, micro_batch=1, positions=1, context=2, seed=0)
@@ -89,21 +89,22 @@ LARGE = {"dtype": "bfloat16", "masters": False, "checkpointing": True, "micro_ba
 PRESETS = {"mistral-7b": LARGE}  # what differs from the defaults on one GPU of 80 GB
 
 # What differs on the built-in corpus: embeddings and rates of a model that is 128 wide.
-BUILT_IN = {"context": 64, "lr": 2e-4, "mixing_lr": 1e-3, "base_steps": 500}
+BUILT_IN = {"context": 64, "positions": 16, "lr": 2e-4, "mixing_lr": 1e-3, "base_steps": 1500}
 BUILT_IN_THOUGHTS = {
     "thought_length": data.ASIDE, "n_true": 2, "embedding_scale": 1.0,
-    "reinforce_temperature": 1.0, "policy_weight": 5.0,
+    "reinforce_temperature": 1.0, "policy_weight": 10.0,
 }  # fmt: skip
 
 BASE = MistralConfig(258, 128, 352, 2, 4, 4)  # 0.5 M parameters over bytes and the em dash
 BASE_SETTINGS = {
-    "batch_size": 32, "lr": 3e-3, "warmup": 50, "cosine": True, "micro_batch": None,
+    "batch_size": 16, "lr": 1e-3, "warmup": 50, "micro_batch": None,
     "positions": None, "dtype": "float32", "checkpointing": False, "compile": False,
 }  # fmt: skip
 BASE_EXPLAINED, EXPLAINED = 0.8, 0.1  # share of lines with an aside, before and during Quiet-STaR
 CORPUS_LINES = 40_000
 EM_DASH = "—"  # what start and end begin as
 STATE = "training_state.pt"
+GLANCE = {"base": 50, "quiet_star": 10}  # steps between two looks at what a model can do
 
 
 # ------------------------------------------------------------------------------------- the losses
@@ -146,13 +147,14 @@ def batch_gradient(model, loss_of, ids, targets, settings: Settings, n_true: int
     return metrics
 
 
-def train(model, loss_of, optimizer, tokens, settings: Settings, n_true: int, folder: Path):
+def train(model, loss_of, optimizer, tokens, settings, n_true: int, folder: Path, glance=None):
     """Train a model by a loss on data.Tokens; its checkpoints go to `folder`.
 
     If there is one already, the caller has loaded the model from it, and training continues there.
 
     loss_of(model, ids, targets, positions, counts, generator) -> loss, metrics: thought_loss, or
-    whatever else is to be learned (tools/experiments.py has more).
+    whatever else is to be learned (tools/experiments.py has more). glance(model) -> a line to watch
+    every few steps, and whether the model is trained enough: then this ends, before all steps.
     """
     device, B, T = next(model.parameters()).device, settings.batch_size, settings.context
     generator = torch.Generator().manual_seed(settings.seed)
@@ -160,7 +162,7 @@ def train(model, loss_of, optimizer, tokens, settings: Settings, n_true: int, fo
     clock = began = time.perf_counter()
     for step in range(start, settings.steps):
         for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * share_of_lr(step, settings)
+            group["lr"] = group["peak_lr"] * min(1.0, (step + 1) / max(settings.warmup, 1))
         ids, targets = tokens.batch(step, B, T, settings.seed, device)  # [B, T]
         optimizer.zero_grad()
         metrics = batch_gradient(model, loss_of, ids, targets, settings, n_true, generator)
@@ -176,24 +178,25 @@ def train(model, loss_of, optimizer, tokens, settings: Settings, n_true: int, fo
         metrics["lr"] = optimizer.param_groups[0]["lr"]
         left = (now - began) / (step + 1 - start) * (settings.steps - step - 1)
         log(folder, step + 1, settings.steps, metrics, left)
-        if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
-            save(model, optimizer, generator, step + 1, folder)
-
-
-def share_of_lr(step: int, settings: Settings) -> float:
-    """The learning rate of a step over its peak. Paper: appendix, it rises linearly, then stays."""
-    rise = min(1.0, (step + 1) / max(settings.warmup, 1))
-    fall = (1 + math.cos(math.pi * step / settings.steps)) / 2
-    return rise * fall if settings.cosine else rise
+        done = step + 1 == settings.steps
+        if glance and (step + 1) % GLANCE[folder.name] == 0:
+            line, enough = glance(model)
+            show_status(f"    {line}", step + 1, settings.steps, sys.stdout, keep=True)
+            done = done or enough
+        if done or (step + 1) % settings.save_every == 0:
+            save(model, optimizer, generator, settings.steps if done else step + 1, folder)
+        if done:
+            return
 
 
 def log(folder: Path, step: int, steps: int, metrics: dict[str, float], left: float) -> None:
     """Append a line to metrics.jsonl and renew the status line; `left` in seconds."""
     with (folder.parent / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"stage": folder.name, "step": step, **metrics}) + "\n")
-    reward = f"  reward {metrics['reward']:+.4f}" if "reward" in metrics else ""
+    nlls = "nll {init_nll:.3f} -> {talk_nll:.3f}  reward {reward:+.4f}"
+    thoughts = nlls.format(**metrics) if "init_nll" in metrics else ""
     line = (
-        f"{folder.name} {step}/{steps}  loss {metrics['loss']:.4f}{reward}  "
+        f"{folder.name} {step}/{steps}  loss {metrics['loss']:.4f}  {thoughts}  "
         f"{metrics['tokens_per_second']:.0f} tokens/s  {left:.0f} s left"
     )
     show_status(line, step, steps, sys.stdout)
@@ -294,8 +297,13 @@ def train_base(settings: Settings, thoughts: ThoughtConfig, run: Path, device) -
     if not recover(run / "quiet_star"):
         first = replace(settings, steps=settings.base_steps, **BASE_SETTINGS)
         text = data.make_corpus(settings.seed, CORPUS_LINES, BASE_EXPLAINED)
-        tokens = data.tokenize([text], load_tokenizer(run))
-        train(model, language_loss, make_optimizer(model, first), tokens, first, 1, folder)
+        tokenizer = load_tokenizer(run)
+        tokens, glance = (
+            data.tokenize([text], tokenizer),
+            partial(evaluation.glance, tokenizer=tokenizer),
+        )
+        optimizer = make_optimizer(model, first)
+        train(model, language_loss, optimizer, tokens, first, 1, folder, glance)
     return model
 
 
@@ -313,7 +321,7 @@ def thinking_model(settings: Settings, thoughts: ThoughtConfig, run: Path, devic
 
 def train_thoughts(
     settings: Settings, thoughts: ThoughtConfig, run: Path, device, loss_of=thought_loss,
-    model_of=thinking_model,
+    model_of=thinking_model, glance=None,
 ) -> QuietStar:  # fmt: skip
     """Train Quiet-STaR in a run's folder, or what another loss or model makes of it."""
     source = Path(settings.checkpoint or run / "base")
@@ -325,7 +333,8 @@ def train_thoughts(
     model = model_of(settings, thoughts, run, device)
     optimizer = make_optimizer(model, settings)
     make_folder(settings, thoughts, run)
-    train(model, loss_of, optimizer, tokens, settings, thoughts.n_true, run / "quiet_star")
+    folder = run / "quiet_star"
+    train(model, loss_of, optimizer, tokens, settings, thoughts.n_true, folder, glance)
     return model
 
 
@@ -384,11 +393,15 @@ def run(options: argparse.Namespace) -> None:
     settings, thoughts, folder = start_run(given)
     path = "plain" if settings.plain or apply_fast is None else "fast"
     print(f"run {folder} on {device}, {torch.get_num_threads()} threads, {path} path")
-    base = None if settings.checkpoint else train_base(settings, thoughts, folder, device)
-    model = train_thoughts(settings, thoughts, folder, device)
-    if base:
-        tokenizer, models = load_tokenizer(folder), {"base model": base, "Quiet-STaR": model}
-        tables = {name: evaluation.puzzle_table(m, tokenizer) for name, m in models.items()}
+    if settings.checkpoint:
+        train_thoughts(settings, thoughts, folder, device)
+    else:
+        base = train_base(settings, thoughts, folder, device)
+        tokenizer = load_tokenizer(folder)
+        tables = {"base model": evaluation.puzzle_table(base, tokenizer)}
+        glance = partial(evaluation.glance, tokenizer=tokenizer)
+        model = train_thoughts(settings, thoughts, folder, device, glance=glance)
+        tables["Quiet-STaR"] = evaluation.puzzle_table(model, tokenizer)
         print(evaluation.show_puzzles(tables))
     print(f"the model is in {folder / 'quiet_star'}")
 

@@ -26,7 +26,7 @@ def test_lines_by_hand():
 
 
 def test_corpus():
-    """Answers are right, no puzzle is held out, asides are as frequent as asked and half work."""
+    """Answers are right, no puzzle is held out, asides as frequent as asked, and 3 of 10 work."""
     held_out = {"".join(map(str, moves)) for moves in data.all_puzzles(held_out=True)}
     lines = data.make_corpus(seed=3, lines=4000, explained=0.4).splitlines()
     work = hum = 0
@@ -39,11 +39,11 @@ def test_corpus():
             aside = said[1:7]
             assert said == f"—{aside}—{said[-1]}"
             work += aside == data.explanation(moves)
-            hum += aside == aside[0] * 6 and aside[0].isalpha()
+            hum += aside == "mmmmmm"
         else:
             assert len(said) == 1
     assert abs((work + hum) / 4000 - 0.4) < 0.04  # five standard deviations
-    assert abs(work / (work + hum) - 0.5) < 0.07
+    assert abs(work / (work + hum) - 0.3) < 0.06
     assert lines == data.make_corpus(3, 4000, 0.4).splitlines()
     assert lines != data.make_corpus(4, 4000, 0.4).splitlines()
 

@@ -9,6 +9,7 @@ from tiny import random_ids, think_slowly, tiny_quiet_star
 import data
 import eval as evaluation
 from model import save_mistral
+from sample import generate
 from thoughts import load_quiet_star, save_quiet_star
 from tokenizer import load_tokenizer, save_byte_tokenizer
 
@@ -38,8 +39,52 @@ def test_puzzles(folder):
     assert tokenizer.decode(puzzles.candidates.tolist()) == "012"
 
 
+def test_an_aside_begun_right_begins_with_the_first_letter(folder, monkeypatch):
+    """What is generated from: the puzzle, a dash and, if begun, where the hand stands first."""
+    tokenizer, asked = load_tokenizer(folder), []
+
+    def watch(model, ids, *rest, **more):
+        asked.append(ids)
+        return generate(model, ids, *rest, **more)
+
+    monkeypatch.setattr(evaluation, "generate", watch)
+    evaluation.puzzle_table(load_quiet_star(folder).model, tokenizer)
+    free, begun = ([tokenizer.decode(row) for row in ids.tolist()] for ids in asked)
+    for one, other in zip(free, begun, strict=True):
+        moves = [int(move) for move in one.split("\n")[-1].removesuffix("=—")]
+        assert other == one + str(moves[0])
+
+
+def test_glance(folder):
+    """A share of a third of the puzzles, and the greedy thought about the last of them."""
+    model, tokenizer = load_quiet_star(folder), load_tokenizer(folder)
+    line, enough = evaluation.glance(model, tokenizer)
+    assert not enough
+    puzzles = evaluation.held_out_puzzles(tokenizer, torch.device("cpu"), repeats=1)
+    last = puzzles._replace(ids=puzzles.ids[-1:])
+    prediction = evaluation.predict_answers(model, last, None)
+    thought = tokenizer.spell(prediction.thought_ids[0].tolist())
+    assert line.endswith(f"it thinks {thought}")
+    assert "% right; after" in line
+
+
+@pytest.mark.parametrize(
+    ("right", "hum", "enough"), [(0.99, "m", False), (1.0, "m", True), (1.0, "n", False)]
+)
+def test_a_base_model_is_trained_enough_when_it_hums_and_can_work(
+    folder, monkeypatch, right, hum, enough
+):
+    model, tokenizer = load_quiet_star(folder).model, load_tokenizer(folder)
+    said = torch.full((146, 6), tokenizer.token_id(hum))
+    monkeypatch.setattr(evaluation, "aloud", lambda *_, begun: (said, None))
+    monkeypatch.setattr(evaluation, "score", lambda *_: evaluation.Score(right, 0.0))
+    share = "100" if hum == "m" else "  0"
+    line = f"hums in {share} % of its asides; begun right, {100 * right:3.0f} % end so"
+    assert evaluation.glance(model, tokenizer) == (line, enough)
+
+
 def test_score_by_hand():
-    puzzles = evaluation.Puzzles(None, torch.tensor([0, 2]), torch.tensor([1, 2, 3]))
+    puzzles = evaluation.Puzzles(None, torch.tensor([0, 2]), None, torch.tensor([1, 2, 3]))
     logits = torch.tensor([[9.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]])
     score = evaluation.score(logits, puzzles)
     assert score.right == 0.5  # token 0 is likelier than all, and no candidate
@@ -50,7 +95,7 @@ def test_score_by_hand():
 def test_table(folder, capsys):
     evaluation.main(["--model", str(folder), "--device", "cpu"])
     lines = capsys.readouterr().out.splitlines()
-    names = ["at once", "pause", "random", "shuffled", "sampled", "greedy", "aside"]
+    names = ["at once", "pause", "random", "shuffled", "sampled", "greedy", "aside", "begun"]
     assert len(lines) == 1 + len(names)
     for name, line in zip(names, lines[1:], strict=True):
         assert name in line

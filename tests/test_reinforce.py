@@ -118,13 +118,14 @@ def test_sums_out_of_order_draw_no_impossible_token(monkeypatch):
 def test_every_token_of_a_thought_has_randomness_of_its_own():
     """20,000 sampled thoughts of two tokens: how often each pair comes against its probability."""
     model = tiny_quiet_star(
-        V=V, n_thoughts=20000, thought_length=2, n_true=1, reinforce_temperature=1.0
+        V=V, n_thoughts=200, thought_length=2, n_true=1, reinforce_temperature=1.0
     )
+    ids = random_ids(1, 3, V).expand(100, 3)
     with torch.no_grad():
         generator = torch.Generator().manual_seed(0)
-        output = model(random_ids(1, 3, V), positions=torch.tensor([1]), generator=generator)
-    pairs = output.thought_ids[0, :, 0] @ torch.tensor([V, 1])
-    p = output.thought_logp[0, :, 0].sum(-1).exp()
+        output = model(ids, positions=torch.tensor([1]), generator=generator)
+    pairs = output.thought_ids[:, :, 0].flatten(0, 1) @ torch.tensor([V, 1])
+    p = output.thought_logp[:, :, 0].flatten(0, 1).sum(-1).exp()
     for pair in range(V * V):
         share = (pairs == pair).float().mean()
         expected = p[pairs == pair].mean() if share else 0.0
@@ -134,10 +135,10 @@ def test_every_token_of_a_thought_has_randomness_of_its_own():
 def test_sampling_follows_the_probabilities():
     """20,000 sampled thoughts of one token against the softmax, at two temperatures."""
     for temperature in (1.0, 0.5):
-        model = tiny_quiet_star(V=V, n_thoughts=20000, thought_length=1, n_true=1)
+        model = tiny_quiet_star(V=V, n_thoughts=200, thought_length=1, n_true=1)
         with torch.no_grad():
             output = model(
-                random_ids(1, 3, V),
+                random_ids(1, 3, V).expand(100, 3),
                 positions=torch.tensor([1]),
                 temperature=temperature,
                 generator=torch.Generator().manual_seed(0),

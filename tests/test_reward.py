@@ -84,6 +84,8 @@ def test_loss_by_hand():
     # R minus the base model's -3.5 and -1.25, over 6 thoughts: (1.5 + 0.5 - 3.5 + .25 - .75 - 1.75)
     assert abs(metrics["reward"] - (-3.75 / 6)) < 1e-6
     assert abs(metrics["weight"] - 0.25) < 1e-6
+    # the base model's mean over the two tokens of talk_nll: 3.5 / 2 and 1.25 / 2
+    assert abs(metrics["init_nll"] - (1.75 + 0.625) / 2) < 1e-6
 
 
 def test_negative_rewards_are_kept_if_asked():

@@ -1,6 +1,7 @@
 """The training loop: resuming, splitting batches, repeating a seed, refusing what cannot work."""
 
 import json
+import shutil
 from functools import partial
 
 import pytest
@@ -8,12 +9,13 @@ import torch
 from tiny import random_ids, tiny_mistral, tiny_quiet_star
 
 import train
-from model import MistralConfig, load_mistral, save_mistral
+from model import Mistral, MistralConfig, load_mistral, save_mistral
 from sample import generate
 from thoughts import load_quiet_star
 from tokenizer import load_tokenizer, save_byte_tokenizer
 
 SMALL = "--base-steps 4 --steps 4 --batch-size 3 --context 16 --thought-length 2 --save-every 2"
+SMALL += " --positions 6"
 
 
 FAST = pytest.mark.skipif(train.apply_fast is None, reason="the folder fast/ is not there")
@@ -26,6 +28,7 @@ def small(monkeypatch):
     monkeypatch.setattr(train, "BASE", MistralConfig(258, 16, 32, 1, 2, 1))
     monkeypatch.setitem(train.BASE_SETTINGS, "batch_size", 4)
     monkeypatch.setattr(train.evaluation, "puzzle_table", lambda model, tokenizer: {})
+    monkeypatch.setattr(train.evaluation, "glance", lambda model, tokenizer: ("seen", False))
 
 
 def run(out, options="", small=SMALL):
@@ -156,6 +159,8 @@ def test_thoughts_are_seeded_and_the_rates_are_those_given(tmp_path, monkeypatch
     monkeypatch.setattr(train, "train_thoughts", changed)
     run(tmp_path, "--seed 7 --lr 0.25 --mixing-lr 0.5 --warmup 2 --weight-decay 0.125")
     assert set(seen) == {7}
+    rates = [line["lr"] for (stage, _), line in losses(tmp_path).items() if stage == "quiet_star"]
+    assert rates == [0.125, 0.25, 0.25, 0.25]
     state = torch.load(tmp_path / "quiet_star" / "training_state.pt", weights_only=True)
     groups = state["optimizer"]["param_groups"]
     assert [(group["lr"], group["weight_decay"]) for group in groups] == [
@@ -178,6 +183,7 @@ def test_metrics_and_files(tmp_path):
     expected = {
         "loss",
         "base_nll",
+        "init_nll",
         "talk_nll",
         "policy_loss",
         "reward",
@@ -314,6 +320,28 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, options, messag
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
+def test_a_base_model_that_can_work_is_trained_no_longer(tmp_path, monkeypatch, capsys):
+    """Looked at every 2 steps, it can after 4 of 9; a resumed run does not train it again."""
+    looks = iter([False, True])
+
+    def glance(model, tokenizer):
+        return "seen", isinstance(model, Mistral) and next(looks)
+
+    monkeypatch.setattr(train.evaluation, "glance", glance)
+    monkeypatch.setattr(train, "GLANCE", {"base": 2, "quiet_star": 2})
+    run(tmp_path, "--base-steps 9")
+    assert capsys.readouterr().out.count("    seen") == 2 + 2
+    steps = [step for stage, step in losses(tmp_path) if stage == "base"]
+    assert steps == [1, 2, 3, 4]
+    before = (tmp_path / "metrics.jsonl").read_text()
+    shutil.rmtree(tmp_path / "quiet_star")
+    train.main(["--out", str(tmp_path), "--resume", "--device", "cpu"])
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines()[:4] == before.splitlines()[:4]
+    assert list(losses(tmp_path)) == [*(("base", n) for n in steps)] + [
+        ("quiet_star", n) for n in steps
+    ]
+
+
 def test_a_run_is_never_overwritten(tmp_path, capsys):
     run(tmp_path)
     before = (tmp_path / "metrics.jsonl").read_bytes()
@@ -350,11 +378,3 @@ def test_loss_in_float32_of_a_bfloat16_model():
     model, ids = tiny_mistral().bfloat16(), random_ids(2, 8)
     loss, _ = train.language_loss(model, ids, torch.ones_like(ids) > 0, None, (14, 0), None)
     assert loss.dtype == torch.float32
-
-
-def test_learning_rate():
-    """It rises over the warm-up, then stays, or falls to 0 along a cosine."""
-    stays, falls = train.Settings(warmup=4), train.Settings(warmup=4, cosine=True, steps=8)
-    shares = [[train.share_of_lr(step, s) for step in (0, 1, 3, 4, 8)] for s in (stays, falls)]
-    assert shares[0] == [0.25, 0.5, 1, 1, 1]
-    assert shares[1] == pytest.approx([0.25, 0.5 * 0.9619398, 0.6913417, 0.5, 0], abs=1e-6)

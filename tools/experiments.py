@@ -98,7 +98,6 @@ class Experiment(NamedTuple):
 
 
 FULL = "full", Experiment()
-QUARTER = {"positions": 16}  # of the 62 that have two tokens ahead
 
 TABLES: dict[str, dict[str, tuple[str, Experiment]]] = {  # title: {row: (name, experiment)}
     "Does it think, or only compute more? Paper: pause tokens, as much computation, help little.": {
@@ -123,14 +122,13 @@ TABLES: dict[str, dict[str, tuple[str, Experiment]]] = {  # title: {row: (name, 
         "N = 2": FULL,
         "N = 4": ("N4", Experiment({"n_thoughts": 4})),
     },
-    "Choices. Paper: em dash, scale 100 (at lr 1e-6), negative rewards dropped, all positions.": {
+    "Choices. Paper: em dash, scale 100 (at lr 1e-6), negatives dropped, all positions; here 16.": {
         "as in `python train.py`": FULL,
         "start and end begin at random": ("init-random", Experiment(model=begin_at_random)),
         "embedding scale 100": ("scale100", Experiment({"embedding_scale": 100.0})),
         "negative rewards kept": ("keep-negative", Experiment({"drop_negative": False})),
-        "16 positions, as many steps": ("quarter", Experiment(QUARTER)),
-        # as many tokens in all as 100 steps with all positions:
-        "16 positions, 335 steps": ("quarter-equal-cost", Experiment(QUARTER | {"steps": 335})),
+        "4 positions": ("few-positions", Experiment({"positions": 4})),
+        "all 62 positions": ("all-positions", Experiment({"positions": 62})),
     },
 }
 EXPERIMENTS = dict(row for rows in TABLES.values() for row in rows.values())
@@ -139,8 +137,8 @@ COLUMNS = {  # of the tables: a row of evaluation.puzzle_table, and which of its
     "at once": ("answers at once", "right"), "pause": ("pause tokens", "right"),
     "random": ("random thoughts", "right"), "shuffled": ("shuffled thoughts", "right"),
     "sampled": ("sampled thoughts", "right"), "greedy": ("greedy thoughts", "right"),
-    "aside": ("writes its aside", "right"), "log p, sampled": ("sampled thoughts", "logp"),
-    "log p, greedy": ("greedy thoughts", "logp"),
+    "aside": ("writes an aside", "right"), "begun": ("writes one, begun right", "right"),
+    "log p, sampled": ("sampled thoughts", "logp"), "log p, greedy": ("greedy thoughts", "logp"),
 }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from sample import execute, make_parser
 
 CURVES = {  # title of a panel: metrics drawn in it, with their labels
-    "loss of a token (nats)": {"base_nll": "without thoughts", "talk_nll": "with thoughts"},
+    "loss of a token (nats)": {"init_nll": "without thoughts", "talk_nll": "with thoughts"},
     "reward of a thought (nats)": {"reward": "reward"},
     "mixing weight": {"weight": "w (1: not heard)"},
 }

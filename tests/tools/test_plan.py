@@ -116,7 +116,7 @@ def test_the_shape_of_a_checkpoint_and_of_the_built_in_corpus(tmp_path, monkeypa
     shape, settings, thoughts = plan.read_shape({})
     assert (shape, settings.context, thoughts.thought_length) == (plan.BASE, 64, 6)
     assert "it fits" in planned(monkeypatch, capsys, "--checkpoint", str(tmp_path))
-    assert "M = 1180 tokens" in planned(monkeypatch, capsys)
+    assert "M = 352 tokens" in planned(monkeypatch, capsys)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ BASE = json.dumps({"stage": "base", "step": 1, "loss": 5.0})
 
 
 def step(number, **changes):
-    metrics = {"base_nll": 2.0, "talk_nll": 1.5, "reward": 0.25, "weight": 0.75, "loss": 9.0}
+    metrics = {"init_nll": 2.0, "talk_nll": 1.5, "reward": 0.25, "weight": 0.75, "loss": 9.0}
     return json.dumps({"stage": "quiet_star", "step": number} | metrics | changes)
 
 
@@ -25,7 +25,7 @@ def test_only_the_steps_of_quiet_star_are_read(tmp_path):
     metrics = read_metrics(write(tmp_path, BASE, step(1), step(2, reward=-0.5)))
     assert metrics == {
         "step": [1.0, 2.0],
-        "base_nll": [2.0, 2.0],
+        "init_nll": [2.0, 2.0],
         "talk_nll": [1.5, 1.5],
         "reward": [0.25, -0.5],
         "weight": [0.75, 0.75],
