@@ -297,12 +297,9 @@ def train_base(settings: Settings, thoughts: ThoughtConfig, run: Path, device) -
     if not recover(run / "quiet_star"):
         first = replace(settings, steps=settings.base_steps, **BASE_SETTINGS)
         text = data.make_corpus(settings.seed, CORPUS_LINES, BASE_EXPLAINED)
-        tokenizer = load_tokenizer(run)
-        tokens, glance = (
-            data.tokenize([text], tokenizer),
-            partial(evaluation.glance, tokenizer=tokenizer),
-        )
-        optimizer = make_optimizer(model, first)
+        tokenizer, optimizer = load_tokenizer(run), make_optimizer(model, first)
+        tokens = data.tokenize([text], tokenizer)
+        glance = partial(evaluation.glance, tokenizer=tokenizer)
         train(model, language_loss, optimizer, tokens, first, 1, folder, glance)
     return model
 

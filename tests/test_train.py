@@ -110,7 +110,7 @@ def test_a_half_written_checkpoint_is_none(tmp_path):
     (tmp_path / "quiet_star.tmp").mkdir()
     (tmp_path / "quiet_star.tmp" / "model.safetensors").write_text("half")
     train.main(["--out", str(tmp_path), "--resume", "--device", "cpu"])
-    load_quiet_star(tmp_path / "quiet_star")
+    assert load_quiet_star(tmp_path / "quiet_star").config.thought_length == 2
 
 
 @pytest.mark.parametrize("positions", [None, 5])
