@@ -116,11 +116,19 @@ def read_json_lines(path: str | Path) -> list[tuple[str, dict]]:
     for number, line in enumerate(read_utf8(Path(path)).split("\n"), 1):  # not at U+2028
         if line.strip():
             where = f"{path}, line {number}"
-            try:
-                records.append((where, dict(json.loads(line))))
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"{where} is no JSON object: {error}") from None
+            records.append((where, json_object(line, where)))
     return records
+
+
+def json_object(text: str, where: str | Path) -> dict:
+    """The object that a JSON text is; ValueError says where it is none."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{where} is no JSON object: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is no JSON object: {text[:40]!r}")
+    return value
 
 
 def read_utf8(path: Path) -> str:
@@ -197,10 +205,7 @@ def write_json(path: Path, value: dict) -> None:
 
 def read_json(path: Path) -> dict:
     """The object in a JSON file; ValueError if it is missing, broken or no object."""
-    try:
-        return dict(json.loads(read_utf8(path)))
-    except (TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is no JSON object: {error}") from None
+    return json_object(read_utf8(path), path)
 
 
 def check_at_least(settings: object, **least: float) -> None:

@@ -379,7 +379,7 @@ def answer_all(
         raise ValueError(f"{path} has other results than {header}; give another --out")
     text = text[: text.rindex("\n") + 1]  # without what a killed run may have half written
     path.parent.mkdir(parents=True, exist_ok=True)
-    data.write_file(path, lambda new: new.write_text(text, encoding="utf-8"))
+    data.write_text(path, text)
     results, total = [json.loads(line) for line in text.splitlines()[1:]], len(questions)
     began, before = time.perf_counter(), len(results)
     with path.open("a", encoding="utf-8") as file:
@@ -445,9 +445,7 @@ def run(options: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} means nothing without --{of[name]}")
     if options.task and (options.data is None or options.text):
         raise ValueError("--task needs --data, the file of its questions, and no --text")
-    context = 256 if options.context is None else options.context
-    if min(context, options.max_tokens or 2) < 2 or (options.limit or 1) < 1:
-        raise ValueError("--context and --max-tokens must be at least 2, --limit at least 1")
+    data.check_at_least(options, context=2, max_tokens=2, limit=1)
     device, dtype = pick_device(options.device), options.dtype and DTYPES[options.dtype]
     model, tokenizer = load(options.model, device, dtype)
     if options.task:
@@ -459,7 +457,7 @@ def run(options: argparse.Namespace) -> None:
     else:
         tokens = data.tokenize(data.read_documents([options.text]), tokenizer)
         ids, mask = (x[: options.max_tokens].to(device) for x in (tokens.ids, tokens.is_target))
-        print(show_text(*text_nll(model, ids, mask, context)))
+        print(show_text(*text_nll(model, ids, mask, options.context or 256)))
 
 
 def main(arguments: list[str] | None = None) -> None:

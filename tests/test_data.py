@@ -83,7 +83,8 @@ def test_documents(tmp_path, tokenizer):
     [
         ("c.jsonl", '{"text": 1}\n', "line 1 has neither"),
         ("c.jsonl", '{"text": "x"}\n{"text"\n', "line 2 is no JSON"),
-        ("c.jsonl", "[]\n", "line 1 has neither"),
+        ("c.jsonl", "[]\n", "line 1 is no JSON object"),
+        ("c.jsonl", '[["text", "x"]]\n', "line 1 is no JSON object"),
         ("empty.txt", "", "no text in"),
     ],
 )

@@ -184,6 +184,7 @@ def test_text_report(folder, tmp_path, capsys):
         (["--model", "nowhere"], "nowhere is no checkpoint"),
         (["--text", "nowhere.txt"], "cannot read nowhere.txt"),
         (["--context", "8"], "--context means nothing without --text"),
+        (["--text", "x", "--max-tokens", "0"], "max_tokens is 0; it must be at least 2"),
     ],
 )
 def test_bad_input(folder, capsys, options, message):

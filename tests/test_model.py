@@ -180,9 +180,10 @@ def test_configs_of_other_models(broken, change, message):
 
 
 def test_broken_config(broken):
-    (broken / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json is no JSON object"):
-        read_config(broken)
+    for text in ("{", "[]", '[["model_type", "mistral"]]'):
+        (broken / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=r"config\.json is no JSON object"):
+            read_config(broken)
 
 
 def test_rope_theta_as_newer_tools_write_it(broken):

@@ -422,8 +422,8 @@ def test_malformed_lines_are_refused(folder, five, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--limit", "0"], "limit is 0"),
-        (["--limit", "-1"], "--limit at least 1"),
+        (["--limit", "0"], "limit is 0; it must be at least 1"),
+        (["--limit", "-1"], "limit is -1; it must be at least 1"),
         (["--text", "x"], "--task needs --data, the file of its questions, and no --text"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--data", "/dev/null"], "/dev/null is without questions"),

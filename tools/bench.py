@@ -44,7 +44,7 @@ from tools import plan
 
 SMALL = MistralConfig(4096, 288, 768, 6, 6, 2)  # 7.7 M parameters
 LARGE = MistralConfig(32000, 2560, 8960, 20, 20, 4)  # 2 G parameters, 4 GB in bfloat16
-MISTRAL_7B = MistralConfig(32000, 4096, 14336, 32, 32, 8, sliding_window=4096)
+MISTRAL_7B = plan.SHAPES["mistral-7b"]
 MEGABYTE = 1e6
 
 

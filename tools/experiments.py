@@ -37,6 +37,7 @@ from data import read_json, write_json, write_text
 from sample import execute, make_parser
 from thoughts import QuietStar, quiet_star_loss
 from tokenizer import load_tokenizer
+from tools.plan import work_of
 
 HELD_OUT_LINES = 300  # of the text on which the gain by difficulty is measured
 
@@ -90,11 +91,9 @@ class Experiment(NamedTuple):
     def tokens(self) -> int:
         """Tokens that a run handles, those of its thoughts too: what it costs."""
         settings, thoughts = train.make_settings(self.options)
-        steps = thoughts.thought_length + thoughts.n_true + 1
-        J = settings.positions or settings.context - thoughts.n_true
-        J = 0 if self.loss is plain_loss else J
-        sequence = settings.context + thoughts.n_thoughts * J * steps
-        return settings.steps * settings.batch_size * sequence
+        work = work_of(settings, thoughts)
+        work = replace(work, J=0) if self.loss is plain_loss else work
+        return settings.steps * work.batch * work.tokens(thoughts)
 
 
 FULL = "full", Experiment()

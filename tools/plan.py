@@ -17,18 +17,11 @@ from pathlib import Path
 
 import torch
 
+from data import add_settings
 from model import MistralConfig, read_config
 from sample import DTYPES, execute, make_parser, pick_device
 from thoughts import ThoughtConfig
-from train import (
-    BASE,
-    BUILT_IN,
-    BUILT_IN_THOUGHTS,
-    PRESETS,
-    Settings,
-    add_settings,
-    make_settings,
-)
+from train import BASE, BUILT_IN, BUILT_IN_THOUGHTS, PRESETS, Settings, make_settings
 
 GIGABYTE = 1e9
 SHAPES = {"mistral-7b": MistralConfig(32000, 4096, 14336, 32, 32, 8, sliding_window=4096)}

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_train import losses
 from tiny import random_ids, tiny_quiet_star
 
 import data
@@ -30,16 +31,6 @@ def small(monkeypatch):
     monkeypatch.setattr(experiments, "HELD_OUT_LINES", 9)
     context = SimpleNamespace(Pool=lambda workers, initializer: ThreadPool(1))
     monkeypatch.setattr(experiments, "get_context", lambda method: context)
-
-
-def losses(run):
-    """(stage, step) -> every metric that is no measure of time."""
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return {
-        (line.pop("stage"), line.pop("step")): line
-        for line in lines
-        if line.pop("tokens_per_second")
-    }
 
 
 # ------------------------------------------------------------------------------------ the controls
