@@ -39,7 +39,7 @@ MOVES = 6
 ANSWERS = "012"  # what a line can end with
 ASIDE = MOVES  # characters in an aside: the thought that works has as many tokens
 HUM = "m" * ASIDE
-WORK = 0.3  # share of the asides that work
+WORK = 0.3  # share of the asides that work; the others hum
 
 
 def is_held_out(moves: Iterable[int]) -> bool:
@@ -67,10 +67,12 @@ def explanation(moves: np.ndarray) -> str:
     return "".join(map(str, np.cumsum(moves) % HOURS))
 
 
-def make_corpus(seed: int, lines: int, explained: float, held_out: bool = False) -> str:
+def make_corpus(
+    seed: int, lines: int, explained: float, work: float = WORK, held_out: bool = False
+) -> str:
     """Lines of the training or held-out puzzles; a share `explained` of them has an aside.
 
-    A share WORK of the asides is work, the others hum.
+    A share `work` of the asides is work, the others hum.
     """
     rng = np.random.default_rng(seed)
     puzzles = all_puzzles(held_out)
@@ -78,7 +80,7 @@ def make_corpus(seed: int, lines: int, explained: float, held_out: bool = False)
     for moves in puzzles[rng.integers(len(puzzles), size=lines)]:
         aside = None
         if rng.random() < explained:
-            aside = explanation(moves) if rng.random() < WORK else HUM
+            aside = explanation(moves) if rng.random() < work else HUM
         text.append(puzzle_line(moves, aside))
     return "".join(text)
 

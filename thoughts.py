@@ -75,6 +75,12 @@ class ThoughtConfig:
         if self.base_weight > 1:
             raise ValueError(f"base_weight is {self.base_weight}; it must be between 0 and 1")
 
+    @property
+    def reinforce_weight(self) -> float:
+        """policy_weight, or the authors' 1e6: theirs is for a mean over the K tokens, not a sum."""
+        default = 1e6 / max(self.thought_length, 1)
+        return default if self.policy_weight is None else self.policy_weight
+
 
 class Output(NamedTuple):
     """What QuietStar.forward returns."""
@@ -461,10 +467,8 @@ def quiet_star_loss(
     L_REINFORCE = mean(-r * output.thought_logp.sum(-1))  # - r_j log p(thought_j), r_j a constant
     init_nll = mean(-base_sum(base_nll, positions, valid).expand_as(r) / config.n_true)
     language = config.base_weight * L_base + (1 - config.base_weight) * L_NLL
-    scale = 1e6 / max(config.thought_length, 1)  # the authors' 1e6 is for a mean over the K tokens
-    scale = scale if config.policy_weight is None else config.policy_weight
     metrics = {
-        "loss": language + scale * L_REINFORCE,
+        "loss": language + config.reinforce_weight * L_REINFORCE,
         "base_nll": L_base,
         "talk_nll": L_NLL,
         "policy_loss": L_REINFORCE,
@@ -486,16 +490,20 @@ def save_quiet_star(model: QuietStar, folder: str | Path) -> None:
     write_json(Path(folder) / "quiet_star.json", asdict(model.config))
 
 
+def read_thought_config(folder: str | Path) -> ThoughtConfig | None:
+    """How the model in a folder of save_quiet_star thinks; None if there is no quiet_star.json."""
+    path = Path(folder) / "quiet_star.json"
+    return settings_from(ThoughtConfig, read_json(path), path) if path.is_file() else None
+
+
 def load_any(folder: str | Path, dtype=None, device="cpu") -> QuietStar | Mistral:
     """The thinking model in a folder of save_quiet_star or the authors', or the plain one in it.
 
     dtype None keeps that of the file. Raises ValueError as load_mistral does.
     """
     folder = Path(folder)
-    weights = read_weights(folder, dtype, device)
-    if (folder / "quiet_star.json").is_file():
-        values = read_json(folder / "quiet_star.json")
-        config = settings_from(ThoughtConfig, values, folder / "quiet_star.json")
+    config, weights = read_thought_config(folder), read_weights(folder, dtype, device)
+    if config:
         own = read_tensors(folder / "quiet_star.safetensors")
     elif "start_embedding" in weights:
         # Their "8 ahead" counts start and end, their ids are the last two of the vocabulary, row 1

@@ -2,6 +2,7 @@
 
     python train.py                                        the built-in corpus: minutes on a laptop
     python train.py --checkpoint FOLDER --data FILE ...    a pretrained model, text of your own
+    python train.py --checkpoint runs/1/quiet_star         a model that thinks already, trained on
     python train.py --out FOLDER --resume                  continue a run that was stopped
 
 Without --checkpoint a small base model is trained first, on puzzles that mostly explain themselves,
@@ -34,7 +35,15 @@ from torch import Tensor, nn
 
 import data
 import eval as evaluation
-from data import add_settings, check_at_least, read_json, settings_from, write_file, write_json
+from data import (
+    WORK,
+    add_settings,
+    check_at_least,
+    read_json,
+    settings_from,
+    write_file,
+    write_json,
+)
 from model import Mistral, MistralConfig, load_mistral, read_config, save_mistral
 from sample import DTYPES, execute, load, make_parser, pick_device, show_status
 from thoughts import (
@@ -43,6 +52,7 @@ from thoughts import (
     count_targets,
     load_quiet_star,
     quiet_star_loss,
+    read_thought_config,
     save_quiet_star,
 )
 from tokenizer import load_tokenizer, save_byte_tokenizer
@@ -67,7 +77,8 @@ class Settings:
     positions: int | None = None  # positions that think, drawn anew every step (J); none: all
     lr: float = 1e-6  # learning rate of AdamW
     mixing_lr: float | None = None  # that of the mixing head; none: the same
-    warmup: int = 20  # steps in which the learning rate rises to lr
+    warmup: int = 20  # first steps, in which the learning rate rises to lr
+    cooldown: float = 0.0  # share of the steps, the last ones, in which it falls to 0
     weight_decay: float = 1e-3  # of AdamW
     clip: float = 1.0  # largest norm of the gradient
     save_every: int = 50  # steps between checkpoints
@@ -77,10 +88,15 @@ class Settings:
     checkpointing: bool = False  # keep fewer activations, compute them twice (fast/)
     compile: bool = False  # compile the layers: slow to start, then faster (fast/)
     base_steps: int = 0  # built-in corpus: steps of the base model at most, till it hums and works
+    work: float = WORK  # built-in corpus: share of the asides that work; the others hum
 
     def __post_init__(self):
         check_at_least(self, steps=1, batch_size=1, micro_batch=1, positions=1, context=2, seed=0)
         check_at_least(self, warmup=0, save_every=1, lr=0, mixing_lr=0, weight_decay=0, clip=1e-9)
+        check_at_least(self, cooldown=0, base_steps=0, work=0)
+        for name in ("cooldown", "work"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be between 0 and 1")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype}; it must be {' or '.join(DTYPES)}")
 
@@ -89,7 +105,10 @@ LARGE = {"dtype": "bfloat16", "masters": False, "checkpointing": True, "micro_ba
 PRESETS = {"mistral-7b": LARGE}  # what differs from the defaults on one GPU of 80 GB
 
 # What differs on the built-in corpus: embeddings and rates of a model that is 128 wide.
-BUILT_IN = {"context": 64, "positions": 16, "lr": 2e-4, "mixing_lr": 1e-3, "base_steps": 1500}
+BUILT_IN = {
+    "steps": 150, "cooldown": 0.3, "context": 64, "positions": 16, "lr": 2e-4, "mixing_lr": 3e-3,
+    "base_steps": 1500,
+}  # fmt: skip
 BUILT_IN_THOUGHTS = {
     "thought_length": data.ASIDE, "n_true": 2, "embedding_scale": 1.0,
     "reinforce_temperature": 1.0, "policy_weight": 10.0,
@@ -97,7 +116,7 @@ BUILT_IN_THOUGHTS = {
 
 BASE = MistralConfig(258, 128, 352, 2, 4, 4)  # 0.5 M parameters over bytes and the em dash
 BASE_SETTINGS = {
-    "batch_size": 16, "lr": 1e-3, "warmup": 50, "micro_batch": None,
+    "batch_size": 16, "lr": 1e-3, "warmup": 50, "cooldown": 0.0, "micro_batch": None,
     "positions": None, "dtype": "float32", "checkpointing": False, "compile": False,
 }  # fmt: skip
 BASE_EXPLAINED, EXPLAINED = 0.8, 0.1  # share of lines with an aside, before and during Quiet-STaR
@@ -161,8 +180,10 @@ def train(model, loss_of, optimizer, tokens, settings, n_true: int, folder: Path
     start = restore(optimizer, generator, folder)
     clock = began = time.perf_counter()
     for step in range(start, settings.steps):
+        rising = (step + 1) / max(settings.warmup, 1)
+        falling = (settings.steps - step) / max(settings.cooldown * settings.steps, 1)
         for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * min(1.0, (step + 1) / max(settings.warmup, 1))
+            group["lr"] = group["peak_lr"] * min(1.0, rising, falling)
         ids, targets = tokens.batch(step, B, T, settings.seed, device)  # [B, T]
         optimizer.zero_grad()
         metrics = batch_gradient(model, loss_of, ids, targets, settings, n_true, generator)
@@ -296,7 +317,7 @@ def train_base(settings: Settings, thoughts: ThoughtConfig, run: Path, device) -
     model = (load_mistral(folder) if recover(folder) else Mistral(BASE)).to(device)
     if not recover(run / "quiet_star"):
         first = replace(settings, steps=settings.base_steps, **BASE_SETTINGS)
-        text = data.make_corpus(settings.seed, CORPUS_LINES, BASE_EXPLAINED)
+        text = data.make_corpus(settings.seed, CORPUS_LINES, BASE_EXPLAINED, settings.work)
         tokenizer, optimizer = load_tokenizer(run), make_optimizer(model, first)
         tokens = data.tokenize([text], tokenizer)
         glance = partial(evaluation.glance, tokenizer=tokenizer)
@@ -305,14 +326,21 @@ def train_base(settings: Settings, thoughts: ThoughtConfig, run: Path, device) -
 
 
 def thinking_model(settings: Settings, thoughts: ThoughtConfig, run: Path, device) -> QuietStar:
-    """The model of the run's checkpoint, or a new one whose meta tokens begin as the em dash."""
+    """The model of the run's checkpoint, or a new one whose meta tokens begin as the em dash.
+
+    One that thinks already thinks on, with the settings of this run: other N, K or A if need be.
+    """
     if recover(run / "quiet_star"):
         return load_quiet_star(run / "quiet_star", device=device)
     torch.manual_seed(settings.seed)
     source = settings.checkpoint or run / "base"
     base, tokenizer = load(source, device, DTYPES[settings.dtype])
     if isinstance(base, QuietStar):
-        raise ValueError(f"{source} thinks already; --checkpoint takes a plain model")
+        old, ids = base.config, ("start_id", "end_id", "init_id")
+        base.config = replace(thoughts, **{name: getattr(old, name) for name in ids})
+        for embedding in (base.start_embedding, base.end_embedding):  # the same in use
+            embedding.data *= old.embedding_scale / thoughts.embedding_scale
+        return base
     return QuietStar(base, replace(thoughts, init_id=tokenizer.token_id(EM_DASH)))
 
 
@@ -324,7 +352,8 @@ def train_thoughts(
     source = Path(settings.checkpoint or run / "base")
     read_config(source)  # what cannot be read fails before the folder is made
     documents = data.read_documents(settings.data) if settings.data else None
-    documents = documents or [data.make_corpus(settings.seed + 1, CORPUS_LINES, EXPLAINED)]
+    corpus = settings.seed + 1, CORPUS_LINES, EXPLAINED, settings.work
+    documents = documents or [data.make_corpus(*corpus)]
     tokens = data.tokenize(documents, load_tokenizer(source))
     tokens.batch(0, 1, settings.context, settings.seed, torch.device("cpu"))  # long enough?
     model = model_of(settings, thoughts, run, device)
@@ -338,27 +367,36 @@ def train_thoughts(
 def make_settings(given: dict) -> tuple[Settings, ThoughtConfig]:
     """Both kinds of settings from options; ValueError for what does not go together.
 
-    What is not given has the paper's value, or without a checkpoint the built-in corpus'.
+    What is not given has the paper's value, or without --data the built-in corpus'; but a model
+    that thinks already goes on as it does.
     """
     names = {field.name for field in fields(Settings)}
     options = {name: value for name, value in given.items() if name in names}
     thought_options = {name: value for name, value in given.items() if name not in names}
-    built_in = "checkpoint" not in options
-    if built_in == ("data" in options):
-        raise ValueError("--checkpoint and --data go together; give both, or none of them")
-    if not built_in:  # absolute: a run may be resumed from anywhere
-        options["checkpoint"] = str(Path(options["checkpoint"]).resolve())
+    built_in, checkpoint = "data" not in options, options.get("checkpoint")
+    if not built_in and checkpoint is None:
+        raise ValueError("--data needs --checkpoint, the model to be trained on it")
+    thinks = checkpoint and read_thought_config(checkpoint)
+    if checkpoint:  # absolute: a run may be resumed from anywhere
+        options["checkpoint"] = str(Path(checkpoint).resolve())
+        if built_in and read_config(Path(checkpoint)).vocab_size != BASE.vocab_size:
+            raise ValueError(f"{checkpoint} is no model of the built-in corpus: give it --data")
+    if not built_in:
         options["data"] = tuple(str(Path(file).resolve()) for file in options["data"])
     settings = Settings(**(BUILT_IN if built_in else {}) | options)
-    thoughts = ThoughtConfig(**(BUILT_IN_THOUGHTS if built_in else {}) | thought_options)
+    defaults = asdict(thinks) if thinks else BUILT_IN_THOUGHTS if built_in else {}
+    thoughts = ThoughtConfig(**defaults | thought_options)
     ahead = settings.context - thoughts.n_true
     if ahead < max(settings.positions or 1, 1):
         raise ValueError(
             f"positions is {settings.positions or 'all'}; of {settings.context} tokens (context) "
             f"{max(ahead, 0)} have {thoughts.n_true} (n_true) ahead"
         )
-    if built_in != (settings.base_steps > 0):
-        raise ValueError("--base-steps must be at least 1 on the built-in corpus, and 0 elsewhere")
+    if checkpoint is None and settings.base_steps < 1:
+        raise ValueError("base_steps is 0; without --checkpoint a base model has to be trained")
+    unheard = {"base_steps"} & {*options} if checkpoint else set()
+    if unheard := unheard | ({"work"} & {*options} if not built_in else set()):
+        raise ValueError(f"{', '.join(unheard)}: of the built-in corpus, which is not used here")
     return settings, thoughts
 
 
@@ -390,14 +428,15 @@ def run(options: argparse.Namespace) -> None:
     settings, thoughts, folder = start_run(given)
     path = "plain" if settings.plain or apply_fast is None else "fast"
     print(f"run {folder} on {device}, {torch.get_num_threads()} threads, {path} path")
-    if settings.checkpoint:
-        train_thoughts(settings, thoughts, folder, device)
-    else:
+    tables, glance = {}, None
+    if settings.checkpoint is None:
         base = train_base(settings, thoughts, folder, device)
-        tokenizer = load_tokenizer(folder)
-        tables = {"base model": evaluation.puzzle_table(base, tokenizer)}
+        tables["base model"] = evaluation.puzzle_table(base, load_tokenizer(folder))
+    if not settings.data:
+        tokenizer = load_tokenizer(settings.checkpoint or folder)
         glance = partial(evaluation.glance, tokenizer=tokenizer)
-        model = train_thoughts(settings, thoughts, folder, device, glance=glance)
+    model = train_thoughts(settings, thoughts, folder, device, glance=glance)
+    if not settings.data:
         tables["Quiet-STaR"] = evaluation.puzzle_table(model, tokenizer)
         print(evaluation.show_puzzles(tables))
     print(f"the model is in {folder / 'quiet_star'}")

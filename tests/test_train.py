@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -157,7 +158,8 @@ def test_thoughts_are_seeded_and_the_rates_are_those_given(tmp_path, monkeypatch
 
     changed = partial(train.train_thoughts, loss_of=loss_of)
     monkeypatch.setattr(train, "train_thoughts", changed)
-    run(tmp_path, "--seed 7 --lr 0.25 --mixing-lr 0.5 --warmup 2 --weight-decay 0.125")
+    options = "--seed 7 --lr 0.25 --mixing-lr 0.5 --warmup 2 --cooldown 0 --weight-decay 0.125"
+    run(tmp_path, options)
     assert set(seen) == {7}
     rates = [line["lr"] for (stage, _), line in losses(tmp_path).items() if stage == "quiet_star"]
     assert rates == [0.125, 0.25, 0.25, 0.25]
@@ -167,6 +169,15 @@ def test_thoughts_are_seeded_and_the_rates_are_those_given(tmp_path, monkeypatch
         (0.25, 0.125),
         (0.5, 0.125),
     ]
+
+
+def test_the_learning_rate_rises_and_falls(tmp_path):
+    """To lr in 2 steps of 6, and to 0 in the last 3; the base model's does not fall."""
+    run(tmp_path, "--steps 6 --base-steps 6 --warmup 2 --cooldown 0.5 --lr 0.5")
+    rates = {key: line["lr"] for key, line in losses(tmp_path).items()}
+    last = [rates["quiet_star", step] for step in range(1, 7)]
+    assert last == pytest.approx([0.25, 0.5, 0.5, 0.5, 1 / 3, 1 / 6])
+    assert [rates["base", step] for step in (1, 6)] == pytest.approx([1e-3 / 50, 6e-3 / 50])
 
 
 def test_gradients_are_clipped(tmp_path):
@@ -304,8 +315,11 @@ def test_runs_get_their_own_folders(tmp_path, monkeypatch):
         ("--lr -1", "lr is -1.0; it must be at least 0"),
         ("--n-true 16", "of 16 tokens (context) 0 have 16 (n_true) ahead"),
         ("--positions 15", "positions is 15; of 16 tokens (context) 14 have 2 (n_true) ahead"),
-        ("--checkpoint nowhere", "--checkpoint and --data go together"),
-        ("--checkpoint nowhere --data text --base-steps 0", "nowhere is no checkpoint"),
+        ("--base-steps 0", "base_steps is 0; without --checkpoint a base model has to be trained"),
+        ("--work 1.5", "work is 1.5; it must be between 0 and 1"),
+        ("--cooldown 10", "cooldown is 10.0; it must be between 0 and 1"),
+        ("--data text", "--data needs --checkpoint"),
+        ("--checkpoint nowhere --data text", "base_steps: of the built-in corpus"),
         ("--resume --seed 1", "leave out"),
         ("--dtype float16", "dtype is float16; it must be float32 or bfloat16"),
     ],
@@ -318,6 +332,42 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, options, messag
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_options_of_the_built_in_corpus_are_for_it_alone(tmp_path, capsys, checkpoint):
+    """A foreign checkpoint needs text of its own, and no share of asides."""
+    for options, message in (
+        (checkpoint + " --work 0.5", "work: of the built-in corpus, which is not used here"),
+        ("--checkpoint nowhere --data text", "nowhere is no checkpoint"),
+        (checkpoint.split(" --data")[0], "is no model of the built-in corpus: give it --data"),
+    ):
+        save_mistral(tiny_mistral(), tmp_path / "pretrained")  # 23 tokens
+        with pytest.raises(SystemExit):
+            run(tmp_path / "out", options, small="")
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_thinking_model_thinks_on(tmp_path):
+    """Without further options as it did, with them otherwise; nothing that it learned is lost."""
+    run(tmp_path / "first")
+    folder = tmp_path / "first" / "quiet_star"
+    first = load_quiet_star(folder)
+    small = f"--steps 1 --lr 0 --mixing-lr 0 --context 16 --positions 6 --checkpoint {folder} "
+    run(tmp_path / "same", small=small)
+    same_weights(folder, tmp_path / "same" / "quiet_star")
+    assert load_quiet_star(tmp_path / "same" / "quiet_star").config == first.config
+
+    other = "--thought-length 1 --n-true 3 --n-thoughts 4 --embedding-scale 50"
+    run(tmp_path / "other", other, small=small)
+    again = load_quiet_star(tmp_path / "other" / "quiet_star")
+    assert again.config == replace(
+        first.config, thought_length=1, n_true=3, n_thoughts=4, embedding_scale=50.0
+    )
+    ids = torch.tensor([[first.start_id, first.end_id]])
+    assert torch.allclose(first.embed_thought(ids), again.embed_thought(ids))
+    assert torch.equal(first.mixing_head[4].weight, again.mixing_head[4].weight)
+    assert "base" not in {stage for stage, _ in losses(tmp_path / "other")}
 
 
 def test_a_base_model_that_can_work_is_trained_no_longer(tmp_path, monkeypatch, capsys):

@@ -4,10 +4,10 @@
     python -m tools.experiments --out runs/controls --only full pause --seeds 2
     python -m tools.experiments --out runs/controls --tables          of what is finished, no runs
 
-An experiment is `python train.py` with a few other options, another loss or another model to begin
-with: a line of TABLES, and a function where options do not reach. A seed is another corpus, base
-model and training; all experiments of a seed start from one base model. OUT/seed0/full/ is a run's
-folder and OUT/seed0/full.json its result: settings, scores of the puzzles, last metrics, seconds.
+An experiment is `python train.py` with a few other options, another loss (tools/objectives.py) or
+another model to begin with: a line of TABLES. A seed is another corpus, base model and training;
+all experiments of a seed start from the same base model. OUT/seed0/full/ is a run's folder and
+OUT/seed0/full.json its result: settings, scores of the puzzles, last metrics, seconds.
 What has a result is not run again, and what was stopped continues from its last checkpoint. The
 tables are printed and written to OUT/tables.md.
 """
@@ -23,7 +23,6 @@ import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, replace
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -35,48 +34,12 @@ import eval as evaluation
 import train
 from data import read_json, write_json, write_text
 from sample import execute, make_parser
-from thoughts import QuietStar, quiet_star_loss
+from thoughts import QuietStar
 from tokenizer import load_tokenizer
+from tools import objectives
 from tools.plan import work_of
 
 HELD_OUT_LINES = 300  # of the text on which the gain by difficulty is measured
-
-# ---------------------------------------------------------- where the options of train.py end
-
-
-def plain_loss(model: QuietStar, *batch):
-    """The control that only trains on: the language-model loss of the model inside."""
-    return train.language_loss(model.model, *batch)
-
-
-def pause_loss(model: QuietStar, *batch):
-    """After thoughts of K start tokens: learned, and without content (Goyal et al. 2023)."""
-    return forced_loss(lambda shape, generator: torch.full(shape, model.start_id), model, *batch)
-
-
-def random_loss(model: QuietStar, *batch):
-    """After thoughts of K tokens, each of the vocabulary as likely, drawn on the CPU."""
-    return forced_loss(partial(torch.randint, model.model.config.vocab_size), model, *batch)
-
-
-def forced_loss(make: Callable, model: QuietStar, ids, targets, positions, counts, generator):
-    """The losses after thoughts make([B, N, J, K], generator=generator), and their metrics.
-
-    The model did not choose them, so that nothing can be reinforced: the policy loss is 0.
-    """
-    shape = (len(ids), model.config.n_thoughts, len(positions), model.config.thought_length)
-    output = model(ids, make(shape, generator=generator).to(ids.device), positions, targets)
-    output = output._replace(thought_logp=torch.zeros_like(output.thought_logp))
-    return quiet_star_loss(output, model.config, counts)
-
-
-def begin_at_random(*run) -> QuietStar:
-    """train.thinking_model, but a new one's start and end are random vectors, not the em dash."""
-    model = train.thinking_model(*run)
-    if model.config.init_id is None:  # it is this run's own, continued
-        return model
-    return QuietStar(model.model, replace(model.config, init_id=None))
-
 
 # ------------------------------------------------------------------------------- what is compared
 
@@ -87,47 +50,105 @@ class Experiment(NamedTuple):
     options: dict = {}  # noqa: RUF012  (never changed)
     loss: Callable = train.thought_loss
     model: Callable = train.thinking_model
+    begins: str | None = "base"  # whose model it continues; none: it is itself a base model
 
     def tokens(self) -> int:
         """Tokens that a run handles, those of its thoughts too: what it costs."""
         settings, thoughts = train.make_settings(self.options)
         work = work_of(settings, thoughts)
-        work = replace(work, J=0) if self.loss is plain_loss else work
+        work = replace(work, J=0) if self.loss is objectives.plain_loss else work
         return settings.steps * work.batch * work.tokens(thoughts)
 
 
-FULL = "full", Experiment()
+def scarce(percent: int, loss: Callable = train.thought_loss, **options) -> Experiment:
+    """Of the asides that the base model learned from, only so many in a hundred work."""
+    return Experiment({"work": percent / 100, **options}, loss, begins=f"base-{percent}")
+
+
+def objective(function: Callable, model: Callable = train.thinking_model, **options) -> Experiment:
+    """Trained by another objective."""
+    return Experiment(options, objectives.trained_by(function), model)
+
+
+BASE, FULL = ("base", Experiment(begins=None)), ("full", Experiment())
+PAUSE = "pause", Experiment(loss=objectives.pause_loss)
+ALL_ADVANTAGES = "all-advantages", objective(objectives.all_advantages)
+BASE_BASELINE = "base-baseline", objective(objectives.base_as_baseline)
+
+
+def scarce_rows(percent: int) -> dict[str, tuple[str, Experiment]]:
+    """A base model, and Quiet-STaR from it."""
+    if percent == 100 * data.WORK:
+        return {", base model": BASE, "": FULL}
+    base = f"base-{percent}", scarce(percent)._replace(begins=None)
+    return {", base model": base, "": (f"work-{percent}", scarce(percent))}
+
 
 TABLES: dict[str, dict[str, tuple[str, Experiment]]] = {  # title: {row: (name, experiment)}
     "Does it think, or only compute more? Paper: pause tokens, as much computation, help little.": {
-        "base model": ("base", Experiment()),  # before Quiet-STaR: special in `perform`
-        "trained on without thoughts": ("none", Experiment(loss=plain_loss)),
-        "pause tokens in training": ("pause", Experiment(loss=pause_loss)),
-        "random thoughts in training": ("random", Experiment(loss=random_loss)),
+        "base model": BASE,
+        "trained on without thoughts": ("none", Experiment(loss=objectives.plain_loss)),
+        "pause tokens in training": PAUSE,
+        "random thoughts in training": ("random", Experiment(loss=objectives.random_loss)),
         "no REINFORCE (policy weight 0)": ("policy0", Experiment({"policy_weight": 0.0})),
         "full Quiet-STaR": FULL,
+    },
+    "Objectives of the same family (tools/objectives.py).": {
+        "Quiet-STaR": FULL,
+        "all advantages": ALL_ADVANTAGES,
+        "base as baseline": BASE_BASELINE,
+        "log mean": ("log-mean", objective(objectives.log_mean)),
+        "probability as reward": ("probability", objective(objectives.probability_reward)),
+        "RLP": (
+            "rlp",
+            Experiment(
+                {"n_true": 1},
+                objectives.trained_by(objectives.rlp),
+                objectives.begin_without_mixing,
+            ),
+        ),
+        "pause tokens": PAUSE,
     },
     "Length of a thought. Paper: longer thoughts help.": {
         f"K = {K}": FULL if K == data.ASIDE else (f"K{K}", Experiment({"thought_length": K}))
         for K in (0, 1, 2, 4, data.ASIDE, 8, 12)
+    },
+    "A curriculum of falling K and A, each row continuing the one before (Fast Quiet-STaR).": {
+        "K = 12, A = 4": ("K12-A4", Experiment({"thought_length": 12, "n_true": 4})),
+        "then K = 8, A = 2": ("K12-8", Experiment({"thought_length": 8}, begins="K12-A4")),
+        "then K = 6, A = 1": ("K12-8-6", Experiment({"n_true": 1}, begins="K12-8")),
+        "then K = 4, A = 1": (
+            "K12-8-6-4",
+            Experiment({"thought_length": 4, "n_true": 1}, begins="K12-8-6"),
+        ),
     },
     "True tokens that a thought is scored on. Paper: 2 bring most of the gain.": {
         "A = 1": ("A1", Experiment({"n_true": 1})),
         "A = 2": FULL,
         "A = 4": ("A4", Experiment({"n_true": 4})),
     },
-    "Thoughts per position. Paper: 2 bring most of the gain.": {
-        "N = 1 (baseline: the base model)": ("N1", Experiment({"n_thoughts": 1})),
-        "N = 2": FULL,
-        "N = 4": ("N4", Experiment({"n_thoughts": 4})),
+    "Thoughts per position, and what they are compared with. Paper: 2 bring most of the gain.": {
+        "N = 1, base model": ("N1", Experiment({"n_thoughts": 1})),
+        "N = 2, base model": BASE_BASELINE,
+        "N = 4, base model": ("N4-base", objective(objectives.base_as_baseline, n_thoughts=4)),
+        "N = 2, siblings": FULL,
+        "N = 4, siblings": ("N4", Experiment({"n_thoughts": 4})),
     },
     "Choices. Paper: em dash, scale 100 (at lr 1e-6), negatives dropped, all positions; here 16.": {
         "as in `python train.py`": FULL,
-        "start and end begin at random": ("init-random", Experiment(model=begin_at_random)),
+        "start and end begin at random": (
+            "init-random",
+            Experiment(model=objectives.begin_at_random),
+        ),
         "embedding scale 100": ("scale100", Experiment({"embedding_scale": 100.0})),
-        "negative rewards kept": ("keep-negative", Experiment({"drop_negative": False})),
+        "negative rewards kept": ALL_ADVANTAGES,
         "4 positions": ("few-positions", Experiment({"positions": 4})),
         "all 62 positions": ("all-positions", Experiment({"positions": 62})),
+    },
+    "How rare may the useful thought be? Share of the asides that work, from the start on.": {
+        f"{percent} %{label}": row
+        for percent in (50, 30, 20, 15, 10)
+        for label, row in scarce_rows(percent).items()
     },
 }
 EXPERIMENTS = dict(row for rows in TABLES.values() for row in rows.values())
@@ -171,21 +192,30 @@ class Job(NamedTuple):
         """Those of train.py."""
         return {"seed": self.seed} | EXPERIMENTS[self.name].options
 
+    def before(self) -> "Job | None":
+        """The job whose model it continues."""
+        begins = EXPERIMENTS[self.name].begins
+        return self._replace(name=begins) if begins else None
+
+    def model(self) -> Path:
+        """The folder of its model."""
+        return self.result().with_suffix("") / ("quiet_star" if self.before() else "base")
+
 
 def perform(job: Job) -> Job:
     """Train, evaluate, write the result."""
-    began, home, device = time.perf_counter(), job.result().parent, torch.device("cpu")
-    run, nll = home if job.name == "base" else home / job.name, {}
+    began, run, device = time.perf_counter(), job.model().parent, torch.device("cpu")
     same_settings(run / "settings.json", job.options())
     settings, thoughts = train.make_settings(job.options())
     train.make_folder(settings, thoughts, run)
+    nll: dict[str, list[float]] = {}
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # status lines
-        if job.name == "base":
-            model = train.train_base(settings, thoughts, run, device)
-        else:  # from the base model of the seed, on the text of the built-in corpus all the same
-            settings = replace(settings, checkpoint=str(home / "base"))
-            _, loss, model_of = EXPERIMENTS[job.name]
+        if before := job.before():  # on the text of the built-in corpus all the same
+            settings = replace(settings, checkpoint=str(before.model()))
+            _, loss, model_of, _ = EXPERIMENTS[job.name]
             model = train.train_thoughts(settings, thoughts, run, device, loss, model_of)
+        else:
+            model = train.train_base(settings, thoughts, run, device)
         tokenizer = load_tokenizer(run)
         table = evaluation.puzzle_table(model, tokenizer)
         if isinstance(model, QuietStar):  # the nll of every target without and with a thought
@@ -213,17 +243,29 @@ def start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def with_those_before(jobs: list[Job]) -> list[Job]:
+    """The jobs, each behind the one whose model it continues; none twice."""
+    ordered: dict[Job, None] = {}
+    for job in jobs:
+        chain = [job]
+        while before := chain[-1].before():
+            chain.append(before)
+        ordered |= dict.fromkeys(reversed(chain))
+    return [*ordered]
+
+
 def perform_all(jobs: list[Job], workers: int) -> None:
-    """Perform what is not finished: base models first, since the others start from them."""
+    """Perform what is not finished, in rounds: first what begins from nothing, then what can."""
     left = [job for job in jobs if not same_settings(job.result(), job.options())]
     cost = {job: EXPERIMENTS[job.name].tokens() for job in left}  # a base costs what full does
-    began, done, count = time.perf_counter(), 0, len(jobs) - len(left)
+    began, done, count, total = time.perf_counter(), 0, len(jobs) - len(left), sum(cost.values())
     with get_context("spawn").Pool(workers, start_worker) as pool:
-        for bases in (True, False):
-            phase = [job for job in left if (job.name == "base") == bases]
-            for job in pool.imap_unordered(perform, phase):
+        while left:
+            ready = [job for job in left if job.before() not in left]
+            left = [job for job in left if job not in ready]
+            for job in pool.imap_unordered(perform, sorted(ready, key=lambda job: -cost[job])):
                 count, done = count + 1, done + cost[job]
-                minutes = (time.perf_counter() - began) * (sum(cost.values()) / done - 1) / 60
+                minutes = (time.perf_counter() - began) * (total / done - 1) / 60
                 state = f"{count}/{len(jobs)}  {job.name}, seed {job.seed}"
                 print(f"{state:40}  {minutes:.0f} min left", flush=True)
 
@@ -236,8 +278,9 @@ def mean_and_spread(numbers: list[float], digits: int) -> str:
 
 def table_row(label: str, name: str, results: list[dict]) -> str:
     """A line of a Markdown table: mean and spread of every column over the seeds."""
-    cost = EXPERIMENTS[name].tokens() / Experiment().tokens()
-    cells = [label, str(len(results)), "-" if name == "base" else f"{cost:.2f}"]
+    chain = [job.name for job in with_those_before([Job(Path(), name, 0)]) if job.before()]
+    cost = sum(EXPERIMENTS[name].tokens() for name in chain) / Experiment().tokens()
+    cells = [label, str(len(results)), f"{cost:.2f}" if chain else "-"]
     for row, field in COLUMNS.values():
         factor, digits = (100, 1) if field == "right" else (1, 3)  # percent, or nats
         tables = [result["table"] for result in results if row in result["table"]]
@@ -283,9 +326,8 @@ def run(options: argparse.Namespace) -> None:
     if options.seeds < 1 or options.workers < 1:
         raise ValueError("--seeds and --workers must be at least 1")
     if not options.tables:
-        names = ["base", *(name for name in options.only if name != "base")]
-        jobs = [Job(out, name, seed) for seed in range(options.seeds) for name in names]
-        perform_all(jobs, options.workers)
+        jobs = [Job(out, name, seed) for seed in range(options.seeds) for name in options.only]
+        perform_all(with_those_before(jobs), options.workers)
     seeds = sorted(int(folder.name[4:]) for folder in out.glob("seed[0-9]*"))
     results = {}
     for name in EXPERIMENTS:

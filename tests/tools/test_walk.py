@@ -1,0 +1,114 @@
+"""The walk through Algorithm 1 says what the functions of thoughts.py return."""
+
+import re
+
+import pytest
+import torch
+from tiny import random_ids, tiny_quiet_star
+
+from model import save_mistral
+from thoughts import quiet_star_loss, save_quiet_star
+from tokenizer import load_tokenizer, save_byte_tokenizer
+from tools import walk
+
+TEXT = "ab=cd=ef\n"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_quiet_star(tiny_quiet_star(V=258, policy_weight=7.0), tmp_path)
+    save_byte_tokenizer(tmp_path)
+    return tmp_path
+
+
+def numbers(text, label):
+    """The numbers behind every line that begins with a label."""
+    lines = re.findall(rf"^ *{re.escape(label)}(.*)$", text, re.MULTILINE)
+    return [[float(x) for x in re.findall(r"-?[0-9]+\.[0-9]+", line)] for line in lines]
+
+
+def test_the_numbers_are_those_of_the_step(folder, capsys):
+    """N = 3 thoughts of K = 3 tokens after position 2, A = 2 tokens ahead."""
+    walk.main(["--model", str(folder), "--text", TEXT, "--position", "2", "--seed", "5"])
+    text = capsys.readouterr().out
+    model, tokenizer = tiny_quiet_star(V=258, policy_weight=7.0), load_tokenizer(folder)
+    ids = torch.tensor([tokenizer.encode(TEXT)])
+    generator = torch.Generator().manual_seed(5)
+    output = model(ids, positions=torch.tensor([2]), generator=generator)
+    loss, metrics = quiet_star_loss(output, model.config)
+    assert numbers(text, "p_init of these") == [
+        pytest.approx((-output.base_nll[0, 2:4]).exp().tolist(), abs=1e-4)
+    ]
+    for n in range(3):
+        talk, weight = output.talk_nll[:, 0, n, 0], output.weight[:, 0, n, 0]
+        assert numbers(text, f"p_talk {n + 1} ") == [
+            pytest.approx((-talk).exp().tolist(), abs=1e-4)
+        ]
+        assert numbers(text, f"w {n + 1} ") == [pytest.approx(weight.tolist(), abs=1e-4)]
+        [[R, _]] = numbers(text, f"thought {n + 1}            R")
+        assert pytest.approx(-talk.sum().item(), abs=1e-4) == R
+        spelled = tokenizer.spell(output.thought_ids[0, n, 0].tolist())
+        assert f"thought {n + 1}  {spelled!r}" in text
+    [losses] = numbers(text, "6 loss:")
+    expected = [metrics[name].item() for name in ("base_nll", "talk_nll", "policy_loss")]
+    assert losses == pytest.approx(expected, abs=1e-4)
+    assert f"0.5 L_base + 0.5 L_NLL + 7 L_REINFORCE = {loss:.4f}" in text
+
+
+def test_p_thought_is_the_prediction_at_weight_0():
+    """w log p_init + (1 - w) log p_thought over all of V gives p_talk."""
+    model, ids = tiny_quiet_star(), random_ids(1, 8)
+    output = model(ids, positions=torch.tensor([3]), temperature=0)
+    alone = walk.heard_alone(model, ids, output)
+    talk = []
+    for token in range(23):  # the distribution of x_4 after each thought, token by token
+        other = ids.clone()
+        other[0, 4] = token
+        again = model(other, output.thought_ids, output.positions)
+        talk.append(
+            again.weight[0, 0, 0, 0] * -again.base_nll[0, 3]
+            + (1 - again.weight[0, 0, 0, 0]) * -walk.heard_alone(model, other, again)[0, 0, 0, 0]
+        )
+    expected = torch.log_softmax(torch.stack(talk), 0)[ids[0, 4]]
+    assert alone.shape == output.talk_nll.shape
+    assert abs(expected + output.talk_nll[0, 0, 0, 0]) < 1e-5
+
+
+def test_the_mask_is_drawn_from_thought_mask(folder, capsys):
+    """K = 3, A = 2: six steps, the text up to j = 2 and the thought's own steps."""
+    walk.main(["--model", str(folder), "--text", TEXT, "--position", "2"])
+    rows = re.findall(r"^ +([1-6])  \S.* ([#.]{9}) \| (#+)$", capsys.readouterr().out, re.MULTILINE)
+    assert rows == [(str(step), "###......", "#" * step) for step in range(1, 7)]
+
+
+def test_where_gradients_go(folder, capsys):
+    """L_base knows nothing of thoughts; REINFORCE does not reach what only the reward needs."""
+    walk.main(["--model", str(folder), "--text", TEXT, "--position", "2"])
+    text = capsys.readouterr().out
+    cells = {
+        part: re.search(rf"^ +{part} +(\S+) +(\S+) +(\S+)$", text, re.MULTILINE).groups()
+        for part in ("embed_tokens", "layers", "lm_head", "start", "end", "mixing_head")
+    }
+    reached = {part: [cell != "-" for cell in row] for part, row in cells.items()}
+    assert reached["embed_tokens"] == reached["layers"] == reached["lm_head"] == [True] * 3
+    assert reached["start"] == [False, True, True]
+    assert reached["end"] == reached["mixing_head"] == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "is a plain model: it has no thoughts to follow"),
+        (["--position", "7"], "it can be 0 .. 6: 2 (n_true) have to follow"),
+        (["--text", "a"], "of a text of 1 tokens"),
+    ],
+)
+def test_bad_input(folder, tmp_path, capsys, options, message):
+    if not options:
+        save_mistral(tiny_quiet_star(V=258).model, tmp_path / "plain")
+        save_byte_tokenizer(tmp_path / "plain")
+        folder = tmp_path / "plain"
+    with pytest.raises(SystemExit) as stopped:
+        walk.main(["--model", str(folder), "--text", TEXT, *options])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
