@@ -168,8 +168,12 @@ def glance(model: Mistral | QuietStar, tokenizer: Tokenizer) -> tuple[str, bool]
 
 
 def show_puzzles(tables: dict[str, dict[str, Score]]) -> str:
-    """Tables of several models as lines of text."""
-    lines = [f"{'':38}  right   log p(answer)"]
+    """Tables of several models as lines of text that explain themselves."""
+    lines = [
+        "Answers to puzzles that were never trained on, after what each line says. Guessing: 33 %.",
+        "(Pause: a thought without content; random: of random tokens; shuffled: of another puzzle.)",
+        f"{'':38}  right   log p(answer)",
+    ]
     for model, table in tables.items():
         for name, (right, logp) in table.items():
             lines.append(f"{model + ', ' + name:38}  {100 * right:5.1f} %  {logp:8.3f}")
