@@ -170,8 +170,8 @@ def glance(model: Mistral | QuietStar, tokenizer: Tokenizer) -> tuple[str, bool]
 def show_puzzles(tables: dict[str, dict[str, Score]]) -> str:
     """Tables of several models as lines of text that explain themselves."""
     lines = [
-        "Answers to puzzles that were never trained on, after what each line says. Guessing: 33 %.",
-        "(Pause: a thought without content; random: of random tokens; shuffled: of another puzzle.)",
+        "Answers to puzzles never trained on, each after what its line says; guessing gives 33 %.",
+        "Thoughts: pause has no content, random is of random tokens, shuffled of another puzzle.",
         f"{'':38}  right   log p(answer)",
     ]
     for model, table in tables.items():

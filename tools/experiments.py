@@ -34,7 +34,7 @@ import eval as evaluation
 import train
 from data import read_json, write_json, write_text
 from sample import execute, make_parser
-from thoughts import QuietStar
+from thoughts import QuietStar, quiet_star_loss
 from tokenizer import load_tokenizer
 from tools import objectives
 from tools.plan import work_of
@@ -62,7 +62,9 @@ class Experiment(NamedTuple):
 
 def scarce(percent: int, loss: Callable = train.thought_loss, **options) -> Experiment:
     """Of the asides that the base model learned from, only so many in a hundred work."""
-    return Experiment({"work": percent / 100, **options}, loss, begins=f"base-{percent}")
+    longer = {"base_steps": 6000} if percent < 10 else {}  # at most, till it can work
+    options = {"work": percent / 100} | longer | options
+    return Experiment(options, loss, begins=f"base-{percent}")
 
 
 def objective(function: Callable, model: Callable = train.thinking_model, **options) -> Experiment:
@@ -73,6 +75,7 @@ def objective(function: Callable, model: Callable = train.thinking_model, **opti
 BASE, FULL = ("base", Experiment(begins=None)), ("full", Experiment())
 PAUSE = "pause", Experiment(loss=objectives.pause_loss)
 ALL_ADVANTAGES = "all-advantages", objective(objectives.all_advantages)
+HOT = objectives.trained_by(quiet_star_loss, temperature=2.0)
 BASE_BASELINE = "base-baseline", objective(objectives.base_as_baseline)
 
 
@@ -147,8 +150,18 @@ TABLES: dict[str, dict[str, tuple[str, Experiment]]] = {  # title: {row: (name, 
     },
     "How rare may the useful thought be? Share of the asides that work, from the start on.": {
         f"{percent} %{label}": row
-        for percent in (50, 30, 20, 15, 10)
+        for percent in (50, 30, 20, 15, 10, 5, 2)
         for label, row in scarce_rows(percent).items()
+    },
+    "What helps to find a thought as rare as 10 %?": {
+        "nothing else": ("work-10", scarce(10)),
+        "three times the steps": ("work-10-steps", scarce(10, steps=450)),
+        "N = 4": ("work-10-N4", scarce(10, n_thoughts=4)),
+        "N = 8": ("work-10-N8", scarce(10, n_thoughts=8)),
+        "62 positions": ("work-10-J62", scarce(10, positions=62)),
+        "sampled at temperature 2": ("work-10-hot", scarce(10, HOT)),
+        "policy weight 100": ("work-10-policy", scarce(10, policy_weight=100.0)),
+        "negative rewards kept": ("work-10-all", scarce(10, drop_negative=False)),
     },
 }
 EXPERIMENTS = dict(row for rows in TABLES.values() for row in rows.values())
