@@ -62,9 +62,7 @@ class Experiment(NamedTuple):
 
 def scarce(percent: int, loss: Callable = train.thought_loss, **options) -> Experiment:
     """Of the asides that the base model learned from, only so many in a hundred work."""
-    longer = {"base_steps": 6000} if percent < 10 else {}  # at most, till it can work
-    options = {"work": percent / 100} | longer | options
-    return Experiment(options, loss, begins=f"base-{percent}")
+    return Experiment({"work": percent / 100, **options}, loss, begins=f"base-{percent}")
 
 
 def objective(function: Callable, model: Callable = train.thinking_model, **options) -> Experiment:
@@ -150,7 +148,7 @@ TABLES: dict[str, dict[str, tuple[str, Experiment]]] = {  # title: {row: (name, 
     },
     "How rare may the useful thought be? Share of the asides that work, from the start on.": {
         f"{percent} %{label}": row
-        for percent in (50, 30, 20, 15, 10, 5, 2)
+        for percent in (50, 30, 20, 15, 10)
         for label, row in scarce_rows(percent).items()
     },
     "What helps to find a thought as rare as 10 %?": {
