@@ -189,10 +189,23 @@ def tokenize(documents: Iterable[str], tokenizer) -> Tokens:
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file under a temporary name, then rename it: never half of a file."""
+    """Let `write` make a file under a temporary name, then rename it: never half of a file.
+
+    A link is followed. ValueError for what is no file (a folder, a device); OSError if it fails.
+    """
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no regular file and is not replaced; give another name")
     temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # of any new file here; safetensors' are for the owner only
+        write(temporary)
+        temporary.chmod(mode)
+        os.replace(temporary, path)
+    except Exception as error:  # of whichever library wrote
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}: {error}") from error
 
 
 def write_text(path: Path, text: str) -> None:

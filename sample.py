@@ -12,7 +12,9 @@ import argparse
 import math
 import os
 import re
+import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
@@ -187,16 +189,21 @@ def load(
     return load_any(folder, dtype, device), tokenizer
 
 
+shown = [0.0]  # when the last status line was printed to what is no terminal
+
+
 def show_status(line: str, done: int, total: int, file: TextIO, keep: bool = False) -> None:
     """Renew the status line of long work; where it is no terminal, print one every tenth of it.
 
-    keep: a line to stay.
+    And at least one a minute. keep: a line to stay.
     """
-    keep = keep or done == total
+    keep, now = keep or done == total, time.monotonic()
     if file.isatty():
-        print(f"\r{line:<100}", end="\n" if keep else "", file=file, flush=True)
-    elif keep or done % max(total // 10, 1) == 0:
+        width = shutil.get_terminal_size().columns - 1
+        print(f"\r{line[:width]:<{width}}", end="\n" if keep else "", file=file, flush=True)
+    elif keep or done % max(total // 10, 1) == 0 or now - shown[0] > 60:
         print(line, file=file, flush=True)
+        shown[0] = now
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
@@ -217,8 +224,8 @@ def execute(parser: argparse.ArgumentParser, run: Callable, arguments: list[str]
         if "out of memory" not in str(error) and "allocate memory" not in str(error):
             raise
         parser.exit(2, f"{parser.prog}: error: {str(error).splitlines()[0]}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, f"{parser.prog}: stopped\n")
+    except KeyboardInterrupt as stopped:
+        parser.exit(130, f"{parser.prog}: stopped{stopped}\n")
 
 
 # ------------------------------------------------------------------------------ the command line

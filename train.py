@@ -17,14 +17,21 @@ import argparse
 import json
 import math
 import os
-import pickle
 import shutil
+import signal
 import sys
+import threading
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import IO
+
+try:
+    import fcntl
+except ModuleNotFoundError:
+    fcntl = None  # type: ignore[assignment]
 
 # Threads that wait must sleep, not spin: beside another program spinning costs many times the work.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -82,6 +89,7 @@ class Settings:
     weight_decay: float = 1e-3  # of AdamW
     clip: float = 1.0  # largest norm of the gradient
     save_every: int = 50  # steps between checkpoints
+    keep: int = 0  # checkpoints of earlier steps to keep beside the last one
     plain: bool = False  # leave out fast/: slower, with the same results
     dtype: str = "float32"  # of weights and activations: float32 or bfloat16 (fast/)
     masters: bool = True  # keep float32 copies of bfloat16 weights; else round at random (fast/)
@@ -93,7 +101,7 @@ class Settings:
     def __post_init__(self):
         check_at_least(self, steps=1, batch_size=1, micro_batch=1, positions=1, context=2, seed=0)
         check_at_least(self, warmup=0, save_every=1, lr=0, mixing_lr=0, weight_decay=0, clip=1e-9)
-        check_at_least(self, cooldown=0, base_steps=0, work=0)
+        check_at_least(self, cooldown=0, base_steps=0, work=0, keep=0)
         for name in ("cooldown", "work"):
             if getattr(self, name) > 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be between 0 and 1")
@@ -123,6 +131,7 @@ BASE_EXPLAINED, EXPLAINED = 0.8, 0.1  # share of lines with an aside, before and
 CORPUS_LINES = 40_000
 EM_DASH = "—"  # what start and end begin as
 STATE = "training_state.pt"
+STOP = threading.Event()  # set when a run is to end its step, save and stop
 GLANCE = {"base": 50, "quiet_star": 10}  # steps between two looks at what a model can do
 
 
@@ -178,6 +187,8 @@ def train(model, loss_of, optimizer, tokens, settings, n_true: int, folder: Path
     device, B, T = next(model.parameters()).device, settings.batch_size, settings.context
     generator = torch.Generator().manual_seed(settings.seed)
     start = restore(optimizer, generator, folder)
+    if start > settings.steps:
+        raise ValueError(f"{folder} has {start} steps already; give at least that many --steps")
     clock = began = time.perf_counter()
     for step in range(start, settings.steps):
         rising = (step + 1) / max(settings.warmup, 1)
@@ -204,8 +215,14 @@ def train(model, loss_of, optimizer, tokens, settings, n_true: int, folder: Path
             line, enough = glance(model)
             show_status(f"    {line}", step + 1, settings.steps, sys.stdout, keep=True)
             done = done or enough
-        if done or (step + 1) % settings.save_every == 0:
-            save(model, optimizer, generator, settings.steps if done else step + 1, folder)
+        stopped = STOP.is_set() and not done
+        if done or stopped or (step + 1) % settings.save_every == 0:
+            reached = settings.steps if done else step + 1
+            save(model, optimizer, generator, reached, folder, settings.keep)
+        if stopped:
+            raise KeyboardInterrupt(
+                f" and saved; python train.py --out {folder.parent} --resume goes on"
+            )
         if done:
             return
 
@@ -226,11 +243,11 @@ def log(folder: Path, step: int, steps: int, metrics: dict[str, float], left: fl
 # ------------------------------------------------------------------------------------- checkpoints
 
 
-def save(model: nn.Module, optimizer, generator, step: int, folder: Path) -> None:
+def save(model: nn.Module, optimizer, generator, step: int, folder: Path, keep: int = 0) -> None:
     """Write a checkpoint beside the old one, then put it in its place.
 
     The data position is the step: batches are a function of it. The state is written last, so a
-    folder that has it is complete.
+    folder that has it is complete. keep: so many models of earlier steps stay, in folder-STEP.
     """
     new = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(new, ignore_errors=True)
@@ -245,6 +262,16 @@ def save(model: nn.Module, optimizer, generator, step: int, folder: Path) -> Non
     }
     write_file(new / STATE, lambda path: torch.save(state, path))
     recover(folder)
+    if keep:  # links: the same files under two names
+        earlier, model_only = (
+            folder.with_name(f"{folder.name}-{step}"),
+            shutil.ignore_patterns(STATE),
+        )
+        shutil.rmtree(earlier, ignore_errors=True)
+        shutil.copytree(folder, earlier, copy_function=os.link, ignore=model_only)
+        kept = sorted(folder.parent.glob(f"{folder.name}-*"), key=lambda path: path.stat().st_mtime)
+        for old in kept[: -keep - 1]:
+            shutil.rmtree(old)
 
 
 def recover(folder: Path) -> bool:
@@ -267,13 +294,15 @@ def restore(optimizer, generator: torch.Generator, folder: Path) -> int:
         return 0
     try:
         state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+        if not 0 <= state["step"] < 1e9 or not state["optimizer"]["state"]:
+            raise ValueError("its state is empty or of an impossible step")
         optimizer.load_state_dict(state["optimizer"])
         generator.set_state(state["generator"])
         with (folder.parent / "metrics.jsonl").open("ab") as file:
             file.truncate(min(state["metrics_bytes"], file.tell()))
         return state["step"]
-    except (OSError, EOFError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # of whatever torch.load and load_state_dict stumble on
+        reason = (str(error) or repr(error)).splitlines()[0]
         raise ValueError(f"cannot continue from {folder}: {reason}; delete it") from None
 
 
@@ -300,13 +329,36 @@ def make_folder(settings: Settings, thoughts: ThoughtConfig, run: Path) -> None:
     """The run's folder, with the tokenizer and what --resume needs to know in it."""
     if (run / "settings.json").exists():
         return
-    run.mkdir(parents=True, exist_ok=True)
-    if settings.checkpoint is None:
-        save_byte_tokenizer(run)
-    else:
-        for file in Path(settings.checkpoint).glob("tokenizer*"):
-            shutil.copy(file, run)
-    write_json(run / "settings.json", {"settings": asdict(settings), "thoughts": asdict(thoughts)})
+    new = run.with_name(f"{run.name}.{os.getpid()}.tmp")
+    new.mkdir(parents=True)
+    try:
+        if settings.checkpoint is None:
+            save_byte_tokenizer(new)
+        else:
+            for file in Path(settings.checkpoint).glob("tokenizer*"):
+                shutil.copy(file, new)
+        values = {"settings": asdict(settings), "thoughts": asdict(thoughts)}
+        write_json(new / "settings.json", values)
+        os.replace(new, run)  # all at once; fails where another run was quicker
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def hold(run: Path) -> IO:
+    """A lock on a run's folder while the file is open; ValueError if another process has it."""
+    file = (run / "lock").open("a")
+    if fcntl:  # there is none on Windows
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"{run} is in use by another process; give another --out") from None
+    return file
+
+
+def stop_soon(signal_number: int, frame) -> None:
+    """Ctrl-C and SIGTERM: train ends its step and saves. A second Ctrl-C ends it at once."""
+    STOP.set()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def train_base(settings: Settings, thoughts: ThoughtConfig, run: Path, device) -> Mistral:
@@ -321,7 +373,8 @@ def train_base(settings: Settings, thoughts: ThoughtConfig, run: Path, device) -
         tokenizer, optimizer = load_tokenizer(run), make_optimizer(model, first)
         tokens = data.tokenize([text], tokenizer)
         glance = partial(evaluation.glance, tokenizer=tokenizer)
-        train(model, language_loss, optimizer, tokens, first, 1, folder, glance)
+        with hold(run):
+            train(model, language_loss, optimizer, tokens, first, 1, folder, glance)
     return model
 
 
@@ -360,7 +413,8 @@ def train_thoughts(
     optimizer = make_optimizer(model, settings)
     make_folder(settings, thoughts, run)
     folder = run / "quiet_star"
-    train(model, loss_of, optimizer, tokens, settings, thoughts.n_true, folder, glance)
+    with hold(run):
+        train(model, loss_of, optimizer, tokens, settings, thoughts.n_true, folder, glance)
     return model
 
 
@@ -412,13 +466,21 @@ def start_run(given: dict) -> tuple[Settings, ThoughtConfig, Path]:
         return *make_settings(given), run
     if out is None:
         raise ValueError("--resume needs --out, the folder of the run to continue")
-    if given:
-        raise ValueError(f"--resume continues with the run's own settings; leave out {[*given]}")
+    if {*given} - {"steps"}:
+        raise ValueError(
+            f"--resume continues with the run's own settings, but for --steps; leave out {[*given]}"
+        )
     run, path = Path(out), Path(out) / "settings.json"
     saved = {"settings": {}, "thoughts": {}} | read_json(path)
-    saved["settings"] |= {"data": tuple(saved["settings"].get("data", ()))}
+    try:
+        saved["settings"] |= {"data": tuple(saved["settings"].get("data", ()))} | given
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: {error}") from None
     thoughts = settings_from(ThoughtConfig, saved["thoughts"], path)
-    return settings_from(Settings, saved["settings"], path), thoughts, run
+    settings = settings_from(Settings, saved["settings"], path)
+    if given:
+        write_json(path, {"settings": asdict(settings), "thoughts": asdict(thoughts)})
+    return settings, thoughts, run
 
 
 def run(options: argparse.Namespace) -> None:
@@ -426,6 +488,8 @@ def run(options: argparse.Namespace) -> None:
     given = dict(vars(options))
     device = pick_device(given.pop("device"))
     settings, thoughts, folder = start_run(given)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop_soon)
     path = "plain" if settings.plain or apply_fast is None else "fast"
     print(f"run {folder} on {device}, {torch.get_num_threads()} threads, {path} path")
     tables, glance = {}, None
