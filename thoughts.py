@@ -31,6 +31,7 @@ negative log-likelihood, "logp" a log-probability, both in nats.
 
 import math
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -437,6 +438,11 @@ def count_targets(target_mask: Tensor, positions: Tensor, n_true: int) -> tuple[
     return int(target_mask[:, 1:].sum()), int(valid.all(0).sum())
 
 
+def valid_mean(x: Tensor, output: Output, counts: tuple[int, int]) -> Tensor:
+    """Mean of x [B, N, J] over thoughts and valid positions, of which counts has the number."""
+    return (x * output.valid.all(0)[:, None]).sum() / max(x.shape[1] * counts[1], 1)
+
+
 def quiet_star_loss(
     output: Output, config: ThoughtConfig, counts: tuple[int, int] | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -450,19 +456,14 @@ def quiet_star_loss(
     Paper: section 4.4. As in the authors' code: L_base and the weights, the mean over a in L_NLL,
     and R_j and L_NLL as means of log p over thoughts, not logs of mean p.
     """
-    n_targets, n_valid = counts or count_targets(
-        output.target_mask, output.positions, config.n_true
-    )
+    counts = counts or count_targets(output.target_mask, output.positions, config.n_true)
     _, _, base_nll, talk_nll, weight, valid, positions, _ = output
     r = reward(talk_nll, base_nll, positions, valid)  # [B, N, J]
     if config.drop_negative:
         r = r.clamp(min=0)
 
-    def mean(x: Tensor) -> Tensor:
-        """Mean of x [B, N, J] over thoughts and valid positions."""
-        return (x * valid.all(0)[:, None]).sum() / max(config.n_thoughts * n_valid, 1)
-
-    L_base = base_nll.sum() / max(n_targets, 1)  # - log p_init(x_{j+1})
+    mean = partial(valid_mean, output=output, counts=counts)
+    L_base = base_nll.sum() / max(counts[0], 1)  # - log p_init(x_{j+1})
     L_NLL = mean(talk_nll.mean(0))  # - mean_a log p_talk_{j,a}(x_{j+1+a})
     L_REINFORCE = mean(-r * output.thought_logp.sum(-1))  # - r_j log p(thought_j), r_j a constant
     init_nll = mean(-base_sum(base_nll, positions, valid).expand_as(r) / config.n_true)

@@ -133,7 +133,7 @@ def language_loss(model: Mistral, ids: Tensor, targets: Tensor, positions, count
     """The plain language-model loss: the mean nll of a batch's targets in nats, and its metrics."""
     logits = model(ids)[:, :-1].float().flatten(0, 1)  # [B * (T-1), V]
     nll = F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none")
-    loss = (nll * targets[:, 1:].flatten()).sum() / counts[0]
+    loss = (nll * targets[:, 1:].flatten()).sum() / max(counts[0], 1)
     return loss, {"loss": loss.detach()}
 
 
@@ -394,9 +394,9 @@ def make_settings(given: dict) -> tuple[Settings, ThoughtConfig]:
         )
     if checkpoint is None and settings.base_steps < 1:
         raise ValueError("base_steps is 0; without --checkpoint a base model has to be trained")
-    unheard = {"base_steps"} & {*options} if checkpoint else set()
-    if unheard := unheard | ({"work"} & {*options} if not built_in else set()):
-        raise ValueError(f"{', '.join(unheard)}: of the built-in corpus, which is not used here")
+    heard = {"base_steps": checkpoint is None, "work": built_in}
+    for name in [name for name in heard if name in options and not heard[name]]:
+        raise ValueError(f"{name} is of the built-in corpus, which is not used here; leave it out")
     return settings, thoughts
 
 

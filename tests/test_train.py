@@ -319,7 +319,7 @@ def test_runs_get_their_own_folders(tmp_path, monkeypatch):
         ("--work 1.5", "work is 1.5; it must be between 0 and 1"),
         ("--cooldown 10", "cooldown is 10.0; it must be between 0 and 1"),
         ("--data text", "--data needs --checkpoint"),
-        ("--checkpoint nowhere --data text", "base_steps: of the built-in corpus"),
+        ("--checkpoint nowhere --data text", "base_steps is of the built-in corpus"),
         ("--resume --seed 1", "leave out"),
         ("--dtype float16", "dtype is float16; it must be float32 or bfloat16"),
     ],
@@ -337,7 +337,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, options, messag
 def test_options_of_the_built_in_corpus_are_for_it_alone(tmp_path, capsys, checkpoint):
     """A foreign checkpoint needs text of its own, and no share of asides."""
     for options, message in (
-        (checkpoint + " --work 0.5", "work: of the built-in corpus, which is not used here"),
+        (checkpoint + " --work 0.5", "work is of the built-in corpus, which is not used here"),
         ("--checkpoint nowhere --data text", "nowhere is no checkpoint"),
         (checkpoint.split(" --data")[0], "is no model of the built-in corpus: give it --data"),
     ):
