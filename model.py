@@ -447,7 +447,7 @@ def assign_weights(module: nn.Module, weights: dict[str, Tensor], where: Path) -
 def load_mistral(folder: str | Path, dtype=None, device="cpu", weights=None) -> Mistral:
     """A model from a checkpoint folder in Hugging Face's format or Mistral's own.
 
-    dtype None keeps that of the file. weights: those of the folder, if they have been read already.
+    dtype None keeps that of the file. weights: what read_weights returned, which is used up.
     Raises ValueError for a missing or broken file, a config that asks for something else than
     this architecture, and weights that do not fit it.
     """
@@ -456,8 +456,9 @@ def load_mistral(folder: str | Path, dtype=None, device="cpu", weights=None) -> 
     with torch.device("meta"):
         model = Mistral(read_config(folder))
     if model.config.tie_word_embeddings and "embed_tokens.weight" in weights:
-        weights = weights | {"lm_head.weight": weights["embed_tokens.weight"]}
+        weights["lm_head.weight"] = weights["embed_tokens.weight"]
     assign_weights(model, weights, folder)
+    weights.clear()  # so that a file is let go when the last of its tensors has been converted
     model.tie_head()
     kept = reduce(torch.promote_types, (parameter.dtype for parameter in model.parameters()))
     return model.to(device=device, dtype=dtype or kept)

@@ -302,7 +302,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--samples", type=int, default=1, help="continuations at once (1)")
     add("--show-thoughts", action="store_true", help="print the thought before every token")
     add("--seed", type=int, default=0, help="of the sampling (0)")
-    add("--dtype", choices=DTYPES, help="of the computation; none: docs/usage.md")
+    add("--dtype", choices=DTYPES, help="precision; none: the file's, on a CPU float32 if it fits")
     add("--device", help="cpu, cuda, mps; none: the best there is")
     execute(parser, run, arguments)
 

@@ -72,8 +72,10 @@ class ThoughtConfig:
 
     def __post_init__(self):
         check_at_least(self, n_thoughts=1, thought_length=0, n_true=1, policy_weight=0)
-        check_at_least(self, start_id=0, end_id=0, init_id=0)
         check_at_least(self, embedding_scale=1e-9, reinforce_temperature=1e-9, base_weight=0)
+        check_at_least(self, start_id=0, end_id=0, init_id=0)
+        if self.start_id is not None and self.start_id == self.end_id:
+            raise ValueError(f"start_id and end_id are both {self.start_id}")
         if self.base_weight > 1:
             raise ValueError(f"base_weight is {self.base_weight}; it must be between 0 and 1")
 
@@ -230,8 +232,6 @@ class QuietStar(nn.Module):
         D, V = model.config.hidden_size, model.config.vocab_size
         self.start_id = V if config.start_id is None else config.start_id
         self.end_id = V + 1 if config.end_id is None else config.end_id
-        if self.start_id == self.end_id:
-            raise ValueError(f"start_id and end_id are both {self.start_id}")
         self.excluded = tuple(token for token in (self.start_id, self.end_id) if token < V)
 
         table = model.embed_tokens.weight.detach()  # [V, D]
