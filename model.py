@@ -362,7 +362,8 @@ def from_config_json(raw: dict, path: Path) -> dict:
 
     window, qwen = of_all_layers(path, "sliding_window", raw["sliding_window"]), "qwen" in family
     first = raw.get("max_window_layers", 28) if qwen and not kind else 0  # so many have none
-    if kind == "full_attention" or not raw.get("use_sliding_window", not qwen):
+    unused = (None, False) if qwen else (False,)
+    if kind == "full_attention" or raw.get("use_sliding_window") in unused:
         window = None
     elif window and (first or family == "llama"):
         refuse(path, "sliding_window", window)

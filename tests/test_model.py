@@ -321,6 +321,7 @@ def test_configs_of_other_models(broken, change, message):
         ({"model_type": "mistral"}, 4096),  # what transformers takes
         ({"model_type": "mistral", "sliding_window": [8, 8]}, 8),
         ({"model_type": "mistral", "sliding_window": 8, "use_sliding_window": False}, None),
+        ({"model_type": "mistral", "sliding_window": 8, "use_sliding_window": None}, 8),
         ({"model_type": "mistral", "sliding_window": 8, "layer_types": ["full_attention"]}, None),
         ({"model_type": "mistral", "sliding_window": 8, "layer_types": ["sliding_attention"]}, 8),
         ({"model_type": "llama"}, None),
@@ -338,6 +339,16 @@ def test_windows_of_families(broken, given, window):
     config = {name: config[name] for name in config if name != "sliding_window"}
     (broken / "config.json").write_text(json.dumps(config | given))
     assert read_config(broken).sliding_window == window
+
+
+def test_what_a_config_leaves_out_is_as_in_transformers(broken):
+    config = json.loads((broken / "config.json").read_text())
+    for name in ("rms_norm_eps", "rope_theta", "num_key_value_heads", "tie_word_embeddings"):
+        config.pop(name, None)
+    (broken / "config.json").write_text(json.dumps(config))
+    read = read_config(broken)
+    assert (read.rms_norm_eps, read.rope_theta, read.tie_word_embeddings) == (1e-6, 1e4, False)
+    assert read.num_key_value_heads == read.num_attention_heads
 
 
 def test_a_window_of_qwen_survives(tmp_path):
