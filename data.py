@@ -229,8 +229,8 @@ def fits(value: object, kind) -> bool:
     """Whether a value from a file is of a field's type; no bool is a number, nor is NaN."""
     if isinstance(kind, UnionType):
         return any(fits(value, one) for one in get_args(kind))
-    if get_args(kind):  # list[int], tuple[str, ...]: JSON has lists only
-        return isinstance(value, list) and all(fits(item, get_args(kind)[0]) for item in value)
+    if get_args(kind):  # list[int], tuple[str, ...]
+        return type(value) in (list, tuple) and all(fits(item, get_args(kind)[0]) for item in value)
     if type(value) in (int, float):
         wide = abs(value) < (1e300 if type(value) is float else 2**63)  # NaN is not
         return wide and kind in (type(value), float)
