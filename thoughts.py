@@ -46,6 +46,7 @@ from model import (
     assign_weights,
     in_window,
     load_mistral,
+    read_config,
     read_tensors,
     read_weights,
     save_mistral,
@@ -73,6 +74,9 @@ class ThoughtConfig:
     def __post_init__(self):
         check_at_least(self, n_thoughts=1, thought_length=0, n_true=1, policy_weight=0)
         check_at_least(self, embedding_scale=1e-9, reinforce_temperature=1e-9, base_weight=0)
+        check_at_least(self, start_id=0, end_id=0, init_id=0)
+        if self.start_id is not None and self.start_id == self.end_id:
+            raise ValueError(f"start_id and end_id are both {self.start_id}")
         if self.base_weight > 1:
             raise ValueError(f"base_weight is {self.base_weight}; it must be between 0 and 1")
 
@@ -503,21 +507,24 @@ def load_any(folder: str | Path, dtype=None, device="cpu") -> QuietStar | Mistra
     dtype None keeps that of the file. Raises ValueError as load_mistral does.
     """
     folder = Path(folder)
-    config, weights = read_thought_config(folder), read_weights(folder, dtype, device)
+    config, shape = read_thought_config(folder), read_config(folder)
+    weights = read_weights(folder)
     if config:
         own = read_tensors(folder / "quiet_star.safetensors")
     elif "start_embedding" in weights:
         # Their "8 ahead" counts start and end, their ids are the last two of the vocabulary, row 1
         # of an embedding is unused, and their talk_head is our mixing head (see mixing_weight).
-        V = len(weights["embed_tokens.weight"])
+        V, D = shape.vocab_size, shape.hidden_size
         config = ThoughtConfig(thought_length=6, start_id=V - 2, end_id=V - 1)
-        own = {name: weights.pop(name)[0] for name in ("start_embedding", "end_embedding")}
-        for name in [name for name in weights if name.startswith("talk_head.0.")]:
-            own[name.replace("talk_head.0.", "mixing_head.")] = weights.pop(name)
+        theirs = [name for name in weights if name.startswith(("talk_head.0.", "start_", "end_"))]
+        own = {name.replace("talk_head.0.", "mixing_head."): weights.pop(name) for name in theirs}
+        own |= {name: row.flatten()[:D] for name, row in own.items() if "_embedding" in name}
     else:
-        return load_mistral(folder, weights=weights)
-    model = QuietStar(load_mistral(folder, weights=weights), config)
-    own = {name: tensor.to(device=device, dtype=dtype) for name, tensor in own.items()}
+        return load_mistral(folder, dtype, device, weights)
+    if config.init_id is not None and config.init_id >= shape.vocab_size:
+        raise ValueError(f"{folder}: init_id is {config.init_id}; it is no token")
+    model = QuietStar(load_mistral(folder, dtype, device, weights), config)
+    own = {name: tensor.to(model.start_embedding) for name, tensor in own.items()}
     base = {f"model.{name}": parameter for name, parameter in model.model.state_dict().items()}
     assign_weights(model, base | own, folder)
     model.model.tie_head()
