@@ -567,6 +567,20 @@ def small_metaspace():
     return document | {"model": document["model"] | {"vocab": vocab, "merges": merges}}
 
 
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+def test_the_space_of_metaspace(tmp_path, scheme):
+    """One in front of the text, or of every part of it, or none; but no second one."""
+    step = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": scheme}
+    document = small_metaspace() | {"normalizer": None, "pre_tokenizer": step}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    small = load_tokenizer(tmp_path)
+    with_space, (bare,) = small.encode(" Q"), small.encode("x</s>Q", special=True)[-1:]
+    assert (small.encode("Q") == with_space) == (scheme != "never")
+    assert (small.encode("</s>Q", special=True)[1:] == with_space) == (scheme == "always")
+    assert with_space[-1] == bare and len(with_space) == 2
+    assert small.decode(small.encode("Q </s> Q", special=True)) == "Q  Q"
+
+
 @pytest.mark.parametrize("kind", ["model", "tekken", "byte-level", "metaspace"])
 def test_a_damaged_file_is_one_error_that_names_it(tmp_path, kind):
     """Or it is still a tokenizer, and works as one."""
