@@ -94,14 +94,16 @@ def generate(
 
 def write(
     model: Mistral | QuietStar, tokenizer: Tokenizer, prompt: str, max_new_tokens: int,
-    samples: int = 1, stop: re.Pattern | None = None, watch: Callable | None = None, **sampling
+    samples: int = 1, stop: re.Pattern | None = None, watch: Callable | None = None,
+    special: bool = False, **sampling
 ) -> list[str]:  # fmt: skip
     """What a model writes after a prompt, `samples` times; sampling: as for generate.
 
     Each text ends before a match of `stop`, at eos, or at an embedding that is no token.
-    watch(row, token, prediction) is called for every token that is written.
+    watch(row, token, prediction) is called for every token that is written. special: the prompt's
+    special tokens are meant.
     """
-    prompt_ids = tokenizer.encode(prompt, bos=tokenizer.adds_bos)
+    prompt_ids = tokenizer.encode(prompt, tokenizer.adds_bos, special)
     before, device = tokenizer.decode(prompt_ids), next(model.parameters()).device
     ids = torch.tensor([prompt_ids] * samples, dtype=torch.long, device=device)
     rows = {row: list(prompt_ids) for row in range(samples)}  # those that are still written
@@ -154,6 +156,7 @@ def paint(text: str, gain: float) -> str:
 # ------------------------------------------------- what all commands share, those of tools/ too
 
 
+SPARE_ROWS = 512  # Qwen has 400
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -208,12 +211,12 @@ def load(
 
     dtype None is that of the file, but float32 on a CPU if it fits (dtype_that_fits). Raises
     ValueError if there is no model, if it is larger than the free memory of a CPU, or if the two do
-    not belong together: a few rows more than tokens are common (padding to a round number, appended
-    meta tokens), others are not.
+    not belong together: up to SPARE_ROWS more rows than tokens are common (padding to a round
+    number, appended meta tokens), others are not.
     """
     vocab_size = read_config(Path(folder)).vocab_size
     tokenizer = load_tokenizer(folder)
-    if not tokenizer.vocab_size <= vocab_size < tokenizer.vocab_size + 256:
+    if not tokenizer.vocab_size <= vocab_size <= tokenizer.vocab_size + SPARE_ROWS:
         raise ValueError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens and the model "
             f"{vocab_size}; put the tokenizer that belongs to the checkpoint into its folder"
@@ -281,6 +284,7 @@ def run(options: argparse.Namespace) -> None:
         options.max_new_tokens,
         options.samples,
         watch=show if options.show_thoughts else None,
+        special=options.special,
         temperature=0.0 if options.greedy else options.temperature,
         top_p=options.top_p,
         generator=torch.Generator().manual_seed(options.seed),
@@ -295,6 +299,7 @@ def main(arguments: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--model", required=True, metavar="FOLDER", help="checkpoint folder, plain or thinking")
     add("--prompt", required=True, help="the text to continue")
+    add("--special", action="store_true", help="special tokens spelled in the prompt are meant")
     add("--max-new-tokens", type=int, default=16, help="tokens to write (16)")
     add("--temperature", type=float, default=1.0, help="of sampling; 0 is greedy (1.0)")
     add("--top-p", type=float, default=1.0, help="sample among the likeliest tokens only (1.0)")

@@ -226,6 +226,12 @@ def log(folder: Path, step: int, steps: int, metrics: dict[str, float], left: fl
 # ------------------------------------------------------------------------------------- checkpoints
 
 
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the files that load_tokenizer reads, except for the model's config.json."""
+    for file in (*source.glob("tokenizer*"), *source.glob("tekken.json")):
+        shutil.copy(file, target)
+
+
 def save(model: nn.Module, optimizer, generator, step: int, folder: Path) -> None:
     """Write a checkpoint beside the old one, then put it in its place.
 
@@ -235,8 +241,7 @@ def save(model: nn.Module, optimizer, generator, step: int, folder: Path) -> Non
     new = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(new, ignore_errors=True)
     (save_quiet_star if isinstance(model, QuietStar) else save_mistral)(model, new)
-    for file in folder.parent.glob("tokenizer*"):
-        shutil.copy(file, new)
+    copy_tokenizer(folder.parent, new)
     state = {
         "step": step,
         "optimizer": optimizer.state_dict(),
@@ -304,8 +309,7 @@ def make_folder(settings: Settings, thoughts: ThoughtConfig, run: Path) -> None:
     if settings.checkpoint is None:
         save_byte_tokenizer(run)
     else:
-        for file in Path(settings.checkpoint).glob("tokenizer*"):
-            shutil.copy(file, run)
+        copy_tokenizer(Path(settings.checkpoint), run)
     write_json(run / "settings.json", {"settings": asdict(settings), "thoughts": asdict(thoughts)})
 
 
@@ -341,7 +345,11 @@ def thinking_model(settings: Settings, thoughts: ThoughtConfig, run: Path, devic
         for embedding in (base.start_embedding, base.end_embedding):  # the same in use
             embedding.data *= old.embedding_scale / thoughts.embedding_scale
         return base
-    return QuietStar(base, replace(thoughts, init_id=tokenizer.token_id(EM_DASH)))
+    try:
+        init_id = tokenizer.token_id(EM_DASH)
+    except ValueError:  # not every vocabulary has it
+        init_id = tokenizer.encode(EM_DASH)[0]
+    return QuietStar(base, replace(thoughts, init_id=init_id))
 
 
 def train_thoughts(

@@ -1,5 +1,6 @@
 """Generation, with and without thoughts, against recomputing everything at every step."""
 
+import json
 import re
 
 import pytest
@@ -247,9 +248,27 @@ def test_dtype_on_a_cpu(tmp_path, monkeypatch, capsys, kept, asked, share, taken
         assert re.search(r"needs 0\.\d GB in .* and 0\.\d GB of memory are free", line)
 
 
-def test_tokenizer_of_another_model(folders, tmp_path, capsys):
-    save_mistral(tiny_mistral(V=1000), tmp_path)
+def test_special_tokens_of_a_prompt(tmp_path):
     save_byte_tokenizer(tmp_path)
+    document = json.loads((tmp_path / "tokenizer.json").read_text())
+    document["added_tokens"] = [{"id": 258, "content": "<|end|>", "special": True}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    save_mistral(tiny_mistral(V=259), tmp_path)
+    seen = []
+    model, tokenizer = sample.load(tmp_path, torch.device("cpu"))
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].tolist()))
+    for special in (False, True):
+        sample.write(model, tokenizer, "<|end|>", 1, special=special, temperature=0)
+    assert seen == [[[ord(">")]], [[258]]]
+    options = ["--model", str(tmp_path), "--prompt", "<|end|>", "--device", "cpu", "--special"]
+    sample.main([*options, "--max-new-tokens", "1"])
+
+
+def test_tokenizer_of_another_model(folders, tmp_path, capsys):
+    save_byte_tokenizer(tmp_path)
+    save_mistral(tiny_mistral(V=258 + 512), tmp_path)
+    sample.load(tmp_path, torch.device("cpu"))
+    save_mistral(tiny_mistral(V=1000), tmp_path)
     with pytest.raises(SystemExit):
         sample.main(["--model", str(tmp_path), "--prompt", "x"])
     assert "the tokenizer has 258 tokens and the model 1000" in capsys.readouterr().err

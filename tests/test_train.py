@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -232,6 +233,21 @@ def test_a_checkpoint_with_the_papers_settings(tmp_path, checkpoint):
     assert (settings["lr"], settings["warmup"], settings["weight_decay"]) == (1e-6, 20, 1e-3)
     model = load_quiet_star(tmp_path / "out" / "quiet_star")
     assert generate(model, random_ids(1, 4), 3).shape == (1, 7)
+
+
+def test_a_vocabulary_without_the_em_dash(tmp_path, checkpoint):
+    """The meta tokens begin as the first token of its encoding; the tokenizer goes along."""
+    folder = tmp_path / "pretrained"
+    shutil.copy(Path(__file__).parent / "fixtures" / "tekken_cut" / "tekken.json", folder)
+    (folder / "tokenizer.json").unlink()
+    document = json.loads((folder / "tekken.json").read_text(encoding="utf-8"))
+    document["config"] |= {"default_vocab_size": 258 + 20, "default_num_special_tokens": 20}
+    (folder / "tekken.json").write_text(json.dumps(document))
+    save_mistral(tiny_quiet_star(V=278).model, folder)
+    run(tmp_path / "out", checkpoint + " --steps 1 --context 16 --micro-batch 3", small="")
+    model = load_quiet_star(tmp_path / "out" / "quiet_star")
+    assert model.config.init_id == 20 + "—".encode()[0]
+    assert load_tokenizer(tmp_path / "out" / "quiet_star").vocab_size == 278
 
 
 @FAST
