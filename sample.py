@@ -20,7 +20,8 @@ from typing import TextIO
 import torch
 from torch import Tensor
 
-from model import KVCache, Mistral, read_config, read_tensors, weight_files
+from formats import read_tensors, weight_files
+from model import KVCache, Mistral, read_config
 from thoughts import Prediction, QuietStar, load_any, sample_tokens
 from tokenizer import Tokenizer, load_tokenizer
 

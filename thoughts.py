@@ -40,6 +40,7 @@ from safetensors.torch import save_file
 from torch import Tensor, einsum, nn
 
 from data import check_at_least, read_json, settings_from, write_file, write_json
+from formats import read_tensors, read_weights
 from model import (
     KVCache,
     Mistral,
@@ -47,8 +48,6 @@ from model import (
     in_window,
     load_mistral,
     read_config,
-    read_tensors,
-    read_weights,
     save_mistral,
 )
 
@@ -508,7 +507,7 @@ def load_any(folder: str | Path, dtype=None, device="cpu") -> QuietStar | Mistra
     """
     folder = Path(folder)
     config, shape = read_thought_config(folder), read_config(folder)
-    weights = read_weights(folder)
+    weights = read_weights(folder, shape.num_hidden_layers, shape.head_dim)
     if config:
         own = read_tensors(folder / "quiet_star.safetensors")
     elif "start_embedding" in weights:
