@@ -477,7 +477,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--limit", type=int, help="--task: the first questions only; none: all")
     add("--out", metavar="FILE", help="--task: of results, continued if there; none: in runs/")
     add("--device", help="cpu, cuda, mps; none: the best there is")
-    add("--dtype", choices=DTYPES, help="of the computation; none: the file's, float32 on a CPU")
+    add("--dtype", choices=DTYPES, help="precision; none: the file's, on a CPU float32 if it fits")
     execute(parser, run, arguments)
 
 

@@ -142,7 +142,7 @@ def language_loss(model: Mistral, ids: Tensor, targets: Tensor, positions, count
     """The plain language-model loss: the mean nll of a batch's targets in nats, and its metrics."""
     logits = model(ids)[:, :-1].float().flatten(0, 1)  # [B * (T-1), V]
     nll = F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none")
-    loss = (nll * targets[:, 1:].flatten()).sum() / counts[0]
+    loss = (nll * targets[:, 1:].flatten()).sum() / max(counts[0], 1)
     return loss, {"loss": loss.detach()}
 
 
@@ -243,6 +243,12 @@ def log(folder: Path, step: int, steps: int, metrics: dict[str, float], left: fl
 # ------------------------------------------------------------------------------------- checkpoints
 
 
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the files that load_tokenizer reads, except for the model's config.json."""
+    for file in (*source.glob("tokenizer*"), *source.glob("tekken.json")):
+        shutil.copy(file, target)
+
+
 def save(model: nn.Module, optimizer, generator, step: int, folder: Path, keep: int = 0) -> None:
     """Write a checkpoint beside the old one, then put it in its place.
 
@@ -252,8 +258,7 @@ def save(model: nn.Module, optimizer, generator, step: int, folder: Path, keep: 
     new = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(new, ignore_errors=True)
     (save_quiet_star if isinstance(model, QuietStar) else save_mistral)(model, new)
-    for file in folder.parent.glob("tokenizer*"):
-        shutil.copy(file, new)
+    copy_tokenizer(folder.parent, new)
     state = {
         "step": step,
         "optimizer": optimizer.state_dict(),
@@ -263,12 +268,9 @@ def save(model: nn.Module, optimizer, generator, step: int, folder: Path, keep: 
     write_file(new / STATE, lambda path: torch.save(state, path))
     recover(folder)
     if keep:  # links: the same files under two names
-        earlier, model_only = (
-            folder.with_name(f"{folder.name}-{step}"),
-            shutil.ignore_patterns(STATE),
-        )
+        earlier, state = folder.with_name(f"{folder.name}-{step}"), shutil.ignore_patterns(STATE)
         shutil.rmtree(earlier, ignore_errors=True)
-        shutil.copytree(folder, earlier, copy_function=os.link, ignore=model_only)
+        shutil.copytree(folder, earlier, copy_function=os.link, ignore=state)
         kept = sorted(folder.parent.glob(f"{folder.name}-*"), key=lambda path: path.stat().st_mtime)
         for old in kept[: -keep - 1]:
             shutil.rmtree(old)
@@ -335,8 +337,7 @@ def make_folder(settings: Settings, thoughts: ThoughtConfig, run: Path) -> None:
         if settings.checkpoint is None:
             save_byte_tokenizer(new)
         else:
-            for file in Path(settings.checkpoint).glob("tokenizer*"):
-                shutil.copy(file, new)
+            copy_tokenizer(Path(settings.checkpoint), new)
         values = {"settings": asdict(settings), "thoughts": asdict(thoughts)}
         write_json(new / "settings.json", values)
         os.replace(new, run)  # all at once; fails where another run was quicker
@@ -394,7 +395,11 @@ def thinking_model(settings: Settings, thoughts: ThoughtConfig, run: Path, devic
         for embedding in (base.start_embedding, base.end_embedding):  # the same in use
             embedding.data *= old.embedding_scale / thoughts.embedding_scale
         return base
-    return QuietStar(base, replace(thoughts, init_id=tokenizer.token_id(EM_DASH)))
+    try:
+        init_id = tokenizer.token_id(EM_DASH)
+    except ValueError:  # not every vocabulary has it
+        init_id = tokenizer.encode(EM_DASH)[0]
+    return QuietStar(base, replace(thoughts, init_id=init_id))
 
 
 def train_thoughts(
@@ -448,9 +453,9 @@ def make_settings(given: dict) -> tuple[Settings, ThoughtConfig]:
         )
     if checkpoint is None and settings.base_steps < 1:
         raise ValueError("base_steps is 0; without --checkpoint a base model has to be trained")
-    unheard = {"base_steps"} & {*options} if checkpoint else set()
-    if unheard := unheard | ({"work"} & {*options} if not built_in else set()):
-        raise ValueError(f"{', '.join(unheard)}: of the built-in corpus, which is not used here")
+    heard = {"base_steps": checkpoint is None, "work": built_in}
+    for name in [name for name in heard if name in options and not heard[name]]:
+        raise ValueError(f"{name} is of the built-in corpus, which is not used here; leave it out")
     return settings, thoughts
 
 

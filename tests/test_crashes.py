@@ -1,0 +1,264 @@
+"""What a run survives: kill -9 at any moment, Ctrl-C, a full disk, a second run beside it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import SMALL, losses, run, same_weights, small  # noqa: F401  (a fixture)
+
+import data
+import sample
+import train
+from thoughts import load_quiet_star
+
+# Forks a child that runs small; before, nothing of torch has run in the parent, so that is safe.
+RUNNER = """
+import os, random, signal, sys, time
+sys.path[:0] = [{root!r}, {tests!r}]
+import torch
+import train
+from model import MistralConfig
+train.CORPUS_LINES, train.BASE = 300, MistralConfig(258, 16, 32, 1, 2, 1)
+train.BASE_SETTINGS["batch_size"] = 4
+train.evaluation.puzzle_table = lambda model, tokenizer: {{}}
+train.evaluation.glance = lambda model, tokenizer: ("seen", False)
+torch.set_num_threads(1)
+
+def child(arguments):
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        try:
+            train.main(arguments)
+        except SystemExit as stopped:
+            os._exit(stopped.code or 0)
+        os._exit(0)
+    return pid
+{then}
+"""
+KILL = """
+arguments, out, chance = {arguments!r}, {out!r}, random.Random(0)
+kills = 0
+while True:
+    resume = os.path.exists(os.path.join(out, "settings.json"))
+    pid = child(["--out", out, "--resume"] if resume else ["--out", out, *arguments])
+    if kills < 12:
+        time.sleep(chance.random() * 0.4)
+        os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    if not os.WIFSIGNALED(status):
+        print(kills, os.waitstatus_to_exitcode(status))
+        break
+    kills += 1
+"""
+
+
+def python(then: str, **names) -> subprocess.Popen:
+    """The runner in a process of its own."""
+    root, tests = Path(__file__).parents[1], Path(__file__).parent
+    script = RUNNER.format(root=str(root), tests=str(tests), then=then.format(**names))
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, "-c", script], text=True, stdout=pipe, stderr=pipe)
+
+
+def test_killed_many_times_a_run_ends_as_if_nothing_had_been(tmp_path):
+    """kill -9 at random moments, in the base stage and in Quiet-STaR, while files are written."""
+    options = [*SMALL.split(), "--device", "cpu", "--save-every", "1"]
+    run(tmp_path / "whole", "--save-every 1")
+    process = python(KILL, arguments=options, out=str(tmp_path / "killed"))
+    said, error = process.communicate()
+    kills, code = map(int, said.split())
+    assert code == 0, error
+    assert kills >= 3
+    lines = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "killed")]
+    assert lines[0].count("\n") == lines[1].count("\n") == 8
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    same_weights(tmp_path / "whole" / "quiet_star", tmp_path / "killed" / "quiet_star")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_saves_its_step_and_says_how_to_go_on(tmp_path, monkeypatch, capsys, number):
+    """The signal comes in step 3 of 4, and no checkpoint is due before the end."""
+    run(tmp_path / "whole")
+    log = train.log
+
+    def log_and_signal(folder, step, *rest):
+        log(folder, step, *rest)
+        if (folder.name, step) == ("quiet_star", 3):
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(train, "log", log_and_signal)
+    before = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            run(tmp_path / "out", "--save-every 9")
+    finally:
+        train.STOP.clear()
+        for one, handler in before.items():
+            signal.signal(one, handler)
+    assert stopped.value.code == 130
+    assert f"--out {tmp_path / 'out'} --resume" in capsys.readouterr().err
+    state = torch.load(tmp_path / "out" / "quiet_star" / train.STATE, weights_only=True)
+    assert state["step"] == 3
+    monkeypatch.setattr(train, "log", log)
+    train.main(["--out", str(tmp_path / "out"), "--resume", "--device", "cpu"])
+    assert losses(tmp_path / "out") == losses(tmp_path / "whole")
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, capsys):
+    """Writing the second checkpoint of Quiet-STaR fails: one line, nothing half written."""
+    run(tmp_path / "whole")
+    save, count = torch.save, iter(range(10))
+
+    def full(state, path):
+        if next(count) == 3:
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save(state, path)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path / "out")
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert "No space left on device" in error
+    assert error.count("\n") == 1
+    assert not [path for path in tmp_path.rglob("*.tmp") if path.is_file()]
+    assert load_quiet_star(tmp_path / "out" / "quiet_star").config.thought_length == 2
+    monkeypatch.setattr(torch, "save", save)
+    train.main(["--out", str(tmp_path / "out"), "--resume", "--device", "cpu"])
+    assert losses(tmp_path / "out") == losses(tmp_path / "whole")
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path, capsys):
+    run(tmp_path)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with train.hold(tmp_path), pytest.raises(SystemExit) as stopped:
+        train.main(["--out", str(tmp_path), "--resume", "--device", "cpu"])
+    assert stopped.value.code == 2
+    assert f"{tmp_path} is in use by another process" in capsys.readouterr().err
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    train.main(["--out", str(tmp_path), "--resume", "--device", "cpu"])  # it is free again
+
+
+def test_of_two_runs_that_begin_together_one_gets_the_folder(tmp_path):
+    """make_folder of the second finds the folder of the first in its place."""
+    settings, thoughts = train.make_settings({})
+    with pytest.raises(OSError, match="not empty"):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "file").touch()
+        train.make_folder(settings, thoughts, tmp_path / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_finished_run_is_given_more_steps(tmp_path, capsys):
+    run(tmp_path / "out")
+    run(tmp_path / "whole", "--steps 6 --cooldown 0")
+    # what a schedule that ends at 4 did cannot be taken back: compare without a cooldown
+    run(tmp_path / "more", "--cooldown 0")
+    train.main(["--out", str(tmp_path / "more"), "--resume", "--steps", "6", "--device", "cpu"])
+    assert losses(tmp_path / "more") == losses(tmp_path / "whole")
+    saved = json.loads((tmp_path / "more" / "settings.json").read_text())
+    assert saved["settings"]["steps"] == 6
+    with pytest.raises(SystemExit):
+        train.main(["--out", str(tmp_path / "out"), "--resume", "--steps", "2"])
+    assert "has 4 steps already; give at least that many --steps" in capsys.readouterr().err
+
+
+def test_models_of_earlier_steps_are_kept_if_asked(tmp_path):
+    run(tmp_path, "--steps 5 --save-every 1 --keep 2")
+    names = sorted(path.name for path in tmp_path.glob("quiet_star*"))
+    assert names == ["quiet_star", "quiet_star-3", "quiet_star-4", "quiet_star-5"]
+    same_weights(tmp_path / "quiet_star", tmp_path / "quiet_star-5")
+    other = load_quiet_star(tmp_path / "quiet_star-3").model.lm_head.weight
+    assert not torch.equal(other, load_quiet_star(tmp_path / "quiet_star").model.lm_head.weight)
+    assert not (tmp_path / "quiet_star-3" / train.STATE).exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": 10**9 + 1},
+        {"step": -1},
+        {"step": "2"},
+        {"optimizer": {"state": {}, "param_groups": []}},
+        {"optimizer": None},
+        {"generator": torch.zeros(3)},
+        {"metrics_bytes": None},
+    ],
+)
+def test_a_state_that_is_none_is_refused(tmp_path, capsys, change):
+    run(tmp_path, "--steps 2")
+    path = tmp_path / "quiet_star" / train.STATE
+    torch.save(torch.load(path, weights_only=True) | change, path)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--out", str(tmp_path), "--resume", "--steps", "4", "--device", "cpu"])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert f"cannot continue from {tmp_path / 'quiet_star'}" in error
+    assert error.count("\n") == 1
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+# ------------------------------------------------------------------------------------------ files
+
+
+def test_files_are_written_through_links_and_for_all(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    data.write_text(tmp_path / "link", "text")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_text() == "text"
+    (tmp_path / "plain").touch()
+    run(tmp_path / "run", "--steps 1")
+    modes = {path.stat().st_mode for path in tmp_path.glob("run/quiet_star/*.safetensors")}
+    assert modes == {(tmp_path / "plain").stat().st_mode}
+
+
+@pytest.mark.parametrize("name", [os.devnull, "folder"])
+def test_what_is_no_file_is_not_replaced(tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match="is no regular file"):
+        data.write_text(tmp_path / name, "text")
+
+
+class Terminal:
+    """Standard output that says it is a terminal, or is none."""
+
+    def __init__(self, tty):
+        self.tty, self.text = tty, ""
+
+    def isatty(self):
+        return self.tty
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        pass
+
+
+def test_status_lines_fit_the_terminal(monkeypatch):
+    monkeypatch.setattr(sample.shutil, "get_terminal_size", lambda: os.terminal_size((40, 20)))
+    terminal = Terminal(True)
+    for step in (1, 2):
+        sample.show_status(f"step {step} " + "x" * 100, step, 9, terminal)
+    lines = terminal.text.split("\r")[1:]
+    assert [len(line) for line in lines] == [39, 39]
+    assert "\n" not in terminal.text
+
+
+def test_a_log_has_a_line_a_minute_at_least(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(sample, "shown", [1000.0])
+    monkeypatch.setattr(sample.time, "monotonic", lambda: now[0])
+    file = Terminal(False)
+    for step in range(1, 100):  # a tenth is 100 steps of 30 seconds
+        now[0] += 30
+        sample.show_status(f"step {step}", step, 1000, file)
+    assert 30 <= file.text.count("\n") <= 50
