@@ -40,6 +40,7 @@ MOVES = 6
 ANSWERS = "012"  # what a line can end with
 ASIDE = MOVES  # characters in an aside: the thought that works has as many tokens
 HUM = "m" * ASIDE
+VOCAB = 258  # tokens: the bytes, and two for the em dash (tokenizer.save_byte_tokenizer)
 WORK = 0.3  # share of the asides that work; the others hum
 
 

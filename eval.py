@@ -455,6 +455,10 @@ def run(options: argparse.Namespace) -> None:
     if options.task:
         run_task(model, tokenizer, options)
     elif options.text is None:
+        if tokenizer.vocab_size != data.VOCAB:
+            raise ValueError(
+                f"{options.model} is not of the built-in corpus: give --text or --task"
+            )
         print(show_puzzles({"model": puzzle_table(model, tokenizer)}))
     elif not isinstance(model, QuietStar):
         raise ValueError(f"{options.model} is a plain model; --text compares with thoughts")

@@ -122,7 +122,7 @@ BUILT_IN_THOUGHTS = {
     "reinforce_temperature": 1.0, "policy_weight": 10.0,
 }  # fmt: skip
 
-BASE = MistralConfig(258, 128, 352, 2, 4, 4)  # 0.5 M parameters over bytes and the em dash
+BASE = MistralConfig(data.VOCAB, 128, 352, 2, 4, 4)  # 0.5 M parameters over bytes and the em dash
 BASE_SETTINGS = {
     "batch_size": 16, "lr": 1e-3, "warmup": 50, "cooldown": 0.0, "micro_batch": None,
     "positions": None, "dtype": "float32", "checkpointing": False, "compile": False,
@@ -438,7 +438,7 @@ def make_settings(given: dict) -> tuple[Settings, ThoughtConfig]:
     thinks = checkpoint and read_thought_config(checkpoint)
     if checkpoint:  # absolute: a run may be resumed from anywhere
         options["checkpoint"] = str(Path(checkpoint).resolve())
-        if built_in and read_config(Path(checkpoint)).vocab_size != BASE.vocab_size:
+        if built_in and read_config(Path(checkpoint)).vocab_size != data.VOCAB:
             raise ValueError(f"{checkpoint} is no model of the built-in corpus: give it --data")
     if not built_in:
         options["data"] = tuple(str(Path(file).resolve()) for file in options["data"])

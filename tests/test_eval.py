@@ -1,6 +1,8 @@
 """Evaluation: the table of the puzzles and the perplexities of a text."""
 
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -200,3 +202,12 @@ def test_text_needs_a_thinking_model(tmp_path, capsys):
     with pytest.raises(SystemExit):
         evaluation.main(["--model", str(tmp_path), "--text", "x", "--device", "cpu"])
     assert "is a plain model" in capsys.readouterr().err
+
+
+def test_puzzles_are_for_models_of_the_built_in_corpus(tmp_path, capsys):
+    save_mistral(tiny_quiet_star(V=32000).model, tmp_path)
+    shutil.copy(Path(__file__).parent / "fixtures" / "tokenizer.model", tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        evaluation.main(["--model", str(tmp_path), "--device", "cpu"])
+    assert stopped.value.code == 2
+    assert "is not of the built-in corpus: give --text or --task" in capsys.readouterr().err
