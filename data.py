@@ -255,6 +255,8 @@ def fits(value: object, kind) -> bool:
 
 def settings_from(kind: type, values: dict, path: Path):
     """A settings dataclass from the values in a file; ValueError names the file, and the value."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: settings are {short(values)}; they must be an object")
     for field in fields(kind):
         if field.name in values and not fits(values[field.name], field.type):
             wanted = getattr(field.type, "__name__", field.type)

@@ -384,7 +384,11 @@ def answer_all(
     text = text[: text.rindex("\n") + 1]  # without what a killed run may have half written
     path.parent.mkdir(parents=True, exist_ok=True)
     data.write_text(path, text)
-    results, total = [json.loads(line) for line in text.splitlines()[1:]], len(questions)
+    results, total = [], len(questions)
+    for number, line in enumerate(text.splitlines()[1:]):
+        results.append(data.json_object(line, f"{path}, line {number + 2}"))
+        if results[-1].keys() != {"question", "expected", *ways}:
+            raise ValueError(f"{path}, line {number + 2} is no result; delete the file")
     began, before = time.perf_counter(), len(results)
     with path.open("a", encoding="utf-8") as file:
         for question in questions[before:]:
