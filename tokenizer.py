@@ -12,6 +12,7 @@ tokens are never produced from text. A text that contains "</s>" is just text, w
 """
 
 import codecs
+import hashlib
 import json
 import re
 import struct
@@ -104,6 +105,7 @@ class Tokenizer:
     """
 
     decode_errors = "replace"
+    sha256 = ""  # of the file that it was read from
     adds_bos = False  # whether text begins with bos_id; a tokenizer.json has no common rule for it
 
     def __init__(self, words: str, pieces: Pieces, bytes_of: dict[int, bytes], special: BosEos):
@@ -138,6 +140,10 @@ class Tokenizer:
         """
         pieces = (self._bytes_of.get(token) or f"⟨{token}⟩".encode() for token in ids)
         return b"".join(pieces).decode("utf-8", "backslashreplace")
+
+    def identity(self) -> list:
+        """Equal for tokenizers of the same file that begin and end a text alike."""
+        return [self.sha256, self.adds_bos, self.bos_id, self.eos_id]
 
     def token_id(self, piece: str) -> int:
         """Id of the one ordinary token that is exactly this text; ValueError if there is none."""
@@ -340,11 +346,13 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     elif not path.is_file():
         raise ValueError(f"{source} does not exist; give a tokenizer file or a folder with one")
     try:
-        return _read_json(path) if path.suffix == ".json" else _read_sentencepiece(path)
+        tokenizer = _read_json(path) if path.suffix == ".json" else _read_sentencepiece(path)
     except ValueError as error:
         raise ValueError(f"cannot read {path}: {error}") from error
     except (KeyError, TypeError, AttributeError, IndexError, struct.error) as error:
         raise ValueError(f"cannot read {path}: unexpected contents ({error!r})") from error
+    tokenizer.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    return tokenizer
 
 
 def save_byte_tokenizer(folder: str | Path) -> None:

@@ -68,7 +68,7 @@ class Settings:
     """What a run does. The defaults are the paper's, for Mistral 7B."""
 
     checkpoint: str | None = None  # folder of a pretrained model; none: the built-in corpus
-    data: tuple[str, ...] = ()  # text files, or .jsonl with "text" or "question" and "answer"
+    data: tuple[str, ...] = ()  # text, .jsonl ("text", or "question" and "answer"), or one folder
     seed: int = 0  # of weights, batches and thoughts
     steps: int = 100  # optimiser steps of Quiet-STaR
     batch_size: int = 8  # sequences per optimiser step of Quiet-STaR
@@ -82,6 +82,9 @@ class Settings:
     weight_decay: float = 1e-3  # of AdamW
     clip: float = 1.0  # largest norm of the gradient
     save_every: int = 50  # steps between checkpoints
+    eval_data: str | None = None  # held-out text, a file or a folder like data; none: no such loss
+    eval_every: int = 50  # steps between two looks at its loss
+    eval_sequences: int = 16  # at most, of context tokens each: the same ones at every look
     plain: bool = False  # leave out fast/: slower, with the same results
     dtype: str = "float32"  # of weights and activations: float32 or bfloat16 (fast/)
     masters: bool = True  # keep float32 copies of bfloat16 weights; else round at random (fast/)
@@ -93,7 +96,7 @@ class Settings:
     def __post_init__(self):
         check_at_least(self, steps=1, batch_size=1, micro_batch=1, positions=1, context=2, seed=0)
         check_at_least(self, warmup=0, save_every=1, lr=0, mixing_lr=0, weight_decay=0, clip=1e-9)
-        check_at_least(self, cooldown=0, base_steps=0, work=0)
+        check_at_least(self, cooldown=0, base_steps=0, work=0, eval_every=1, eval_sequences=1)
         for name in ("cooldown", "work"):
             if getattr(self, name) > 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be between 0 and 1")
@@ -173,11 +176,13 @@ def train(model, loss_of, optimizer, tokens, settings, n_true: int, folder: Path
 
     loss_of(model, ids, targets, positions, counts, generator) -> loss, metrics: thought_loss, or
     whatever else is to be learned (tools/experiments.py has more). glance(model) -> a line to watch
-    every few steps, and whether the model is trained enough: then this ends, before all steps.
+    every few steps, whether the model is trained enough (this ends then, before all steps), and
+    metrics of held-out text.
     """
     device, B, T = next(model.parameters()).device, settings.batch_size, settings.context
     generator = torch.Generator().manual_seed(settings.seed)
     start = restore(optimizer, generator, folder)
+    every = settings.eval_every if settings.eval_data else GLANCE[folder.name]
     clock = began = time.perf_counter()
     for step in range(start, settings.steps):
         rising = (step + 1) / max(settings.warmup, 1)
@@ -198,12 +203,13 @@ def train(model, loss_of, optimizer, tokens, settings, n_true: int, folder: Path
         metrics["tokens_per_second"], clock = B * T / (now - clock), now
         metrics["lr"] = optimizer.param_groups[0]["lr"]
         left = (now - began) / (step + 1 - start) * (settings.steps - step - 1)
-        log(folder, step + 1, settings.steps, metrics, left)
-        done = step + 1 == settings.steps
-        if glance and (step + 1) % GLANCE[folder.name] == 0:
-            line, enough = glance(model)
+        look = glance and (step + 1) % every == 0
+        line, enough, seen = glance(model) if look else ("", False, {})
+        log(folder, step + 1, settings.steps, metrics | seen, left)
+        if look:
             show_status(f"    {line}", step + 1, settings.steps, sys.stdout, keep=True)
-            done = done or enough
+            clock = time.perf_counter()  # looking is no training
+        done = enough or step + 1 == settings.steps
         if done or (step + 1) % settings.save_every == 0:
             save(model, optimizer, generator, settings.steps if done else step + 1, folder)
         if done:
@@ -306,7 +312,10 @@ def make_folder(settings: Settings, thoughts: ThoughtConfig, run: Path) -> None:
     else:
         for file in Path(settings.checkpoint).glob("tokenizer*"):
             shutil.copy(file, run)
-    write_json(run / "settings.json", {"settings": asdict(settings), "thoughts": asdict(thoughts)})
+    files = [*settings.data, *filter(None, [settings.eval_data])]
+    texts = {file: data.version(file) for file in files}  # by which --resume sees that one changed
+    saved = {"settings": asdict(settings), "thoughts": asdict(thoughts), "texts": texts}
+    write_json(run / "settings.json", saved)
 
 
 def train_base(settings: Settings, thoughts: ThoughtConfig, run: Path, device) -> Mistral:
@@ -351,11 +360,17 @@ def train_thoughts(
     """Train Quiet-STaR in a run's folder, or what another loss or model makes of it."""
     source = Path(settings.checkpoint or run / "base")
     read_config(source)  # what cannot be read fails before the folder is made
-    documents = data.read_documents(settings.data) if settings.data else None
-    corpus = settings.seed + 1, CORPUS_LINES, EXPLAINED, settings.work
-    documents = documents or [data.make_corpus(*corpus)]
-    tokens = data.tokenize(documents, load_tokenizer(source))
+    tokenizer, corpus = load_tokenizer(source), (settings.seed + 1, CORPUS_LINES, EXPLAINED)
+    if settings.data:
+        tokens = data.read_tokens(settings.data, tokenizer)
+    else:
+        tokens = data.tokenize([data.make_corpus(*corpus, settings.work)], tokenizer)
     tokens.batch(0, 1, settings.context, settings.seed, torch.device("cpu"))  # long enough?
+    if settings.eval_data:
+        held_out, T = data.read_tokens([settings.eval_data], tokenizer), settings.context
+        count = max(1, min(settings.eval_sequences, len(held_out.ids) // T))
+        ids, is_target = held_out.batch(0, count, T, 0, device)  # [count, T], drawn from all
+        glance = partial(evaluation.glance_at_text, ids=ids, is_target=is_target)
     model = model_of(settings, thoughts, run, device)
     optimizer = make_optimizer(model, settings)
     make_folder(settings, thoughts, run)
@@ -383,6 +398,8 @@ def make_settings(given: dict) -> tuple[Settings, ThoughtConfig]:
             raise ValueError(f"{checkpoint} is no model of the built-in corpus: give it --data")
     if not built_in:
         options["data"] = tuple(str(Path(file).resolve()) for file in options["data"])
+    if options.get("eval_data"):
+        options["eval_data"] = str(Path(options["eval_data"]).resolve())
     settings = Settings(**(BUILT_IN if built_in else {}) | options)
     defaults = asdict(thinks) if thinks else BUILT_IN_THOUGHTS if built_in else {}
     thoughts = ThoughtConfig(**defaults | thought_options)
@@ -397,6 +414,9 @@ def make_settings(given: dict) -> tuple[Settings, ThoughtConfig]:
     unheard = {"base_steps"} & {*options} if checkpoint else set()
     if unheard := unheard | ({"work"} & {*options} if not built_in else set()):
         raise ValueError(f"{', '.join(unheard)}: of the built-in corpus, which is not used here")
+    needs = {"eval_data": "data", "eval_every": "eval_data", "eval_sequences": "eval_data"}
+    for name in [name for name in needs if name in options and needs[name] not in options]:
+        raise ValueError(f"{name} means nothing without {needs[name]}")
     return settings, thoughts
 
 
@@ -417,6 +437,9 @@ def start_run(given: dict) -> tuple[Settings, ThoughtConfig, Path]:
     run, path = Path(out), Path(out) / "settings.json"
     saved = {"settings": {}, "thoughts": {}} | read_json(path)
     saved["settings"] |= {"data": tuple(saved["settings"].get("data", ()))}
+    for file, was in saved.get("texts", {}).items():
+        if data.version(file) != was:
+            raise ValueError(f"{file} has changed since {run} began; begin another run, on it")
     thoughts = settings_from(ThoughtConfig, saved["thoughts"], path)
     return settings_from(Settings, saved["settings"], path), thoughts, run
 
