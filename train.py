@@ -360,11 +360,12 @@ def train_thoughts(
     """Train Quiet-STaR in a run's folder, or what another loss or model makes of it."""
     source = Path(settings.checkpoint or run / "base")
     read_config(source)  # what cannot be read fails before the folder is made
-    tokenizer, corpus = load_tokenizer(source), (settings.seed + 1, CORPUS_LINES, EXPLAINED)
+    tokenizer = load_tokenizer(source)
     if settings.data:
         tokens = data.read_tokens(settings.data, tokenizer)
     else:
-        tokens = data.tokenize([data.make_corpus(*corpus, settings.work)], tokenizer)
+        text = data.make_corpus(settings.seed + 1, CORPUS_LINES, EXPLAINED, settings.work)
+        tokens = data.tokenize([text], tokenizer)
     tokens.batch(0, 1, settings.context, settings.seed, torch.device("cpu"))  # long enough?
     if settings.eval_data:
         held_out, T = data.read_tokens([settings.eval_data], tokenizer), settings.context
