@@ -23,6 +23,7 @@ import inspect
 import json
 import os
 import re
+import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -139,7 +140,7 @@ def json_object(text: str, where: str | Path) -> dict:
     """The object that a JSON text is; ValueError says where it is none."""
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is no JSON object: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{where} is no JSON object: {text[:40]!r}")
@@ -259,8 +260,34 @@ def check_at_least(settings: object, **least: float) -> None:
             raise ValueError(f"{name} is {value}; it must be at least {smallest}")
 
 
+def short(value: object) -> str:
+    """The repr of a value for a message, on one line and not long whatever it is."""
+    shown = reprlib.Repr()
+    shown.maxstring = shown.maxother = 100
+    shown.maxdict = 8
+    return shown.repr(value)
+
+
+def fits(value: object, kind) -> bool:
+    """Whether a value from a file is of a field's type; no bool is a number, nor is NaN."""
+    if isinstance(kind, UnionType):
+        return any(fits(value, one) for one in get_args(kind))
+    if get_args(kind):  # list[int], tuple[str, ...]
+        return type(value) in (list, tuple) and all(fits(item, get_args(kind)[0]) for item in value)
+    if type(value) in (int, float):
+        wide = abs(value) < (1e300 if type(value) is float else 2**63)  # NaN is not
+        return wide and kind in (type(value), float)
+    return type(value) is kind
+
+
 def settings_from(kind: type, values: dict, path: Path):
-    """A settings dataclass from the values in a file; a ValueError names the file."""
+    """A settings dataclass from the values in a file; ValueError names the file, and the value."""
+    for field in fields(kind):
+        if field.name in values and not fits(values[field.name], field.type):
+            wanted = getattr(field.type, "__name__", field.type)
+            raise ValueError(
+                f"{path}: {field.name} is {short(values[field.name])}; it must be {wanted}"
+            )
     try:
         return kind(**values)
     except (TypeError, ValueError, ZeroDivisionError) as error:

@@ -170,8 +170,12 @@ def glance(model: Mistral | QuietStar, tokenizer: Tokenizer) -> tuple[str, bool,
 
 
 def show_puzzles(tables: dict[str, dict[str, Score]]) -> str:
-    """Tables of several models as lines of text."""
-    lines = [f"{'':38}  right   log p(answer)"]
+    """Tables of several models as lines of text that explain themselves."""
+    lines = [
+        "Answers to puzzles never trained on, each after what its line says; guessing gives 33 %.",
+        "Thoughts: pause has no content, random is of random tokens, shuffled of another puzzle.",
+        f"{'':38}  right   log p(answer)",
+    ]
     for model, table in tables.items():
         for name, (right, logp) in table.items():
             lines.append(f"{model + ', ' + name:38}  {100 * right:5.1f} %  {logp:8.3f}")
@@ -487,7 +491,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--limit", type=int, help="--task: the first questions only; none: all")
     add("--out", metavar="FILE", help="--task: of results, continued if there; none: in runs/")
     add("--device", help="cpu, cuda, mps; none: the best there is")
-    add("--dtype", choices=DTYPES, help="of the computation; none: the file's, float32 on a CPU")
+    add("--dtype", choices=DTYPES, help="precision; none: the file's, on a CPU float32 if it fits")
     execute(parser, run, arguments)
 
 

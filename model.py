@@ -1,8 +1,8 @@
 """A Mistral-compatible transformer that reads and writes Mistral's and Hugging Face's checkpoints.
 
 The architecture of Mistral 7B (Jiang et al. 2023, arXiv 2310.06825): RMSNorm, rotary positions,
-grouped-query attention in a sliding window, SwiGLU. A Llama checkpoint without biases or scaled
-rotary positions is the same thing without a window and loads too.
+grouped-query attention in a sliding window, SwiGLU. Its relatives load too: Llama (no window, from
+3.1 on scaled rotary positions), Qwen2 (biases on q, k and v) and Qwen3 (norms on q and k).
 
 What a query sees is decided by a cache: KVCache for the text, ThoughtCache in thoughts.py for
 thoughts. So there is one layer and one loop over layers for both.
@@ -17,18 +17,34 @@ Letters of the shape comments, here and in thoughts.py:
 The file reads bottom-up: config, attention, layers, model, then reading and writing checkpoints.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from data import check_at_least, read_json, settings_from, write_file, write_json
+import formats
+from data import check_at_least, settings_from, write_file, write_json
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Rotary positions of Llama 3.1, stretched for longer texts than it first learned."""
+
+    factor: float  # how much longer slow turns take
+    low_freq_factor: float  # at most so many turns in a text of the original length: slow
+    high_freq_factor: float  # at least so many: kept as they are
+    original_max_position_embeddings: int
+    rope_type: str = "llama3"
+
+    def __post_init__(self):
+        check_at_least(self, factor=1, low_freq_factor=0, original_max_position_embeddings=1)
+        check_at_least(self, high_freq_factor=self.low_freq_factor + 1e-6)
 
 
 @dataclass(frozen=True)
@@ -49,28 +65,53 @@ class MistralConfig:
     max_position_embeddings: int = 32768  # what it was trained on; this and the two ids below
     bos_token_id: int | None = None  # are kept for the tokenizer and for other tools
     eos_token_id: int | list[int] | None = None
+    rope_scaling: RopeScaling | None = None
+    model_type: str = "mistral"  # or llama, qwen2, qwen3
 
     def __post_init__(self):
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         if self.head_dim is None:
-            object.__setattr__(self, "head_dim", self.hidden_size // heads)
+            object.__setattr__(self, "head_dim", self.hidden_size // max(heads, 1))
+        for name in [field.name for field in fields(self)[:7]]:  # three multiplied: below 2**63
+            if not 1 <= getattr(self, name) <= 2**20:
+                raise ValueError(f"{name} is {getattr(self, name)}; allowed are 1 to {2**20}")
         if heads % kv_heads or self.head_dim % 2:
             raise ValueError(
                 f"{heads} heads are no multiple of {kv_heads}, or {self.head_dim} is odd"
             )
-        check_at_least(self, vocab_size=1, head_dim=2, sliding_window=1)
+        check_at_least(self, sliding_window=1, rms_norm_eps=1e-12, rope_theta=1e-3)
+        eos = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
+        for token in filter(None, [self.bos_token_id, *eos]):
+            if not 0 <= token < self.vocab_size:
+                raise ValueError(f"bos_token_id or eos_token_id is {token}; it is no token")
 
 
 # ---------------------------------------------------------------------------------- attention
 
 
-def rotary_tables(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Tensor:
+def stretch(radian: Tensor, scaling: RopeScaling) -> Tensor:
+    """How many positions [Dh/2] each pair takes for a radian, longer where that is many already.
+
+    So neighbours are told apart as before, and far tokens look no farther than in shorter texts.
+    """
+    turns = scaling.original_max_position_embeddings / (2 * math.pi * radian)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return radian / (kept + (1 - kept) / scaling.factor)
+
+
+def rotary_tables(
+    positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype,
+    scaling: RopeScaling | None = None,
+) -> Tensor:  # fmt: skip
     """Cosines and sines [2, T, Dh] of the rotary angles at integer positions [T].
 
     Angles are computed in float32: at position 4,000 bfloat16 would be off by whole turns.
     """
     pairs = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
-    angles = positions.float()[:, None] / theta ** (pairs / head_dim)  # [T, Dh/2]
+    radian = theta ** (pairs / head_dim)  # [Dh/2], in positions
+    radian = stretch(radian, scaling) if scaling else radian
+    angles = positions.float()[:, None] / radian  # [T, Dh/2]
     angles = torch.cat([angles, angles], dim=-1)  # [T, Dh]: both halves of a head turn alike
     return torch.stack([angles.cos(), angles.sin()]).to(dtype)
 
@@ -138,10 +179,13 @@ class Attention(nn.Module):
     def __init__(self, config: MistralConfig):
         super().__init__()
         D, Dh, self.head_dim = config.hidden_size, config.head_dim, config.head_dim
-        self.q_proj = nn.Linear(D, config.num_attention_heads * Dh, bias=False)
-        self.k_proj = nn.Linear(D, config.num_key_value_heads * Dh, bias=False)
-        self.v_proj = nn.Linear(D, config.num_key_value_heads * Dh, bias=False)
+        bias = config.model_type == "qwen2"
+        self.q_proj = nn.Linear(D, config.num_attention_heads * Dh, bias)
+        self.k_proj = nn.Linear(D, config.num_key_value_heads * Dh, bias)
+        self.v_proj = nn.Linear(D, config.num_key_value_heads * Dh, bias)
         self.o_proj = nn.Linear(config.num_attention_heads * Dh, D, bias=False)
+        norm = nn.RMSNorm if config.model_type == "qwen3" else nn.Identity
+        self.q_norm, self.k_norm = norm(Dh, config.rms_norm_eps), norm(Dh, config.rms_norm_eps)
 
     def project(self, x: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, T, D], rotary [2, T, Dh] -> q [B, H, T, Dh], k and v [B, Hkv, T, Dh]."""
@@ -149,7 +193,7 @@ class Attention(nn.Module):
             projection(x).unflatten(-1, (-1, self.head_dim))  # [B, T, heads, Dh]
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = rotate(q, rotary), rotate(k, rotary)
+        q, k = rotate(self.q_norm(q), rotary), rotate(self.k_norm(k), rotary)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def forward(self, x: Tensor, rotary: Tensor, attend: Callable) -> Tensor:
@@ -222,7 +266,9 @@ class Mistral(nn.Module):
         if positions is None:
             positions = torch.arange(cache.length, cache.length + x.shape[1], device=x.device)
         config = self.config
-        rotary = rotary_tables(positions, config.head_dim, config.rope_theta, x.dtype)
+        rotary = rotary_tables(
+            positions, config.head_dim, config.rope_theta, x.dtype, config.rope_scaling
+        )
         for index, layer in enumerate(self.layers):
             x = layer(x, rotary, partial(cache.attend, index))
         return self.norm(x)
@@ -238,82 +284,14 @@ class Mistral(nn.Module):
 # ---------------------------------------------------------------------------------- checkpoints
 
 
-PARAMS_JSON = {  # Mistral's own names -> Hugging Face's, which are ours
-    "dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
-    "n_kv_heads": "num_key_value_heads", "hidden_dim": "intermediate_size",
-    "norm_eps": "rms_norm_eps", "head_dim": "head_dim", "vocab_size": "vocab_size",
-    "rope_theta": "rope_theta", "sliding_window": "sliding_window",
-}  # fmt: skip
-
-CONSOLIDATED = {  # likewise, the parts of a tensor's name
-    "tok_embeddings": "embed_tokens", "output": "lm_head", "attention_norm": "input_layernorm",
-    "attention": "self_attn", "wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj",
-    "ffn_norm": "post_attention_layernorm", "feed_forward": "mlp",
-    "w1": "gate_proj", "w2": "down_proj", "w3": "up_proj",
-}  # fmt: skip
-
-
 def read_config(folder: Path) -> MistralConfig:
-    """MistralConfig from a folder's config.json (Hugging Face) or params.json (Mistral).
-
-    Raises ValueError for what would load and then compute something else.
-    """
-    path = folder / "config.json"
-    if not path.is_file() and (folder / "params.json").is_file():
-        raw = read_json(path := folder / "params.json")
-        known = {ours: raw[theirs] for theirs, ours in PARAMS_JSON.items() if theirs in raw}
-        return settings_from(MistralConfig, known, path)
-    if not path.is_file():
-        raise ValueError(f"{folder} is no checkpoint: neither config.json nor params.json in it")
-    raw = read_json(path)
-    rope = raw.get("rope_parameters") or {}  # where transformers 5 writes what was rope_theta
-    refused = {
-        "model_type": raw.get("model_type") not in ("mistral", "llama"),
-        "hidden_act": raw.get("hidden_act", "silu") != "silu",
-        "attention_bias": raw.get("attention_bias"),
-        "mlp_bias": raw.get("mlp_bias"),
-        "rope_scaling": raw.get("rope_scaling"),
-        "rope_parameters": rope.get("rope_type", "default") != "default",
-    }
-    for name in filter(refused.get, refused):
-        raise ValueError(
-            f"{path}: {name} is {raw.get(name)!r}; this model has mistral's or llama's "
-            "architecture with silu, without biases and without scaled rotary positions"
-        )
-    known = {f.name: (raw | rope)[f.name] for f in fields(MistralConfig) if f.name in raw | rope}
-    known.setdefault("num_key_value_heads", known.get("num_attention_heads"))
+    """The config of a checkpoint's folder; ValueError if it asks for what is not computed here."""
+    values, path = formats.read_config(folder)
+    if scaling := values.get("rope_scaling"):
+        scaling = {f.name: scaling[f.name] for f in fields(RopeScaling) if f.name in scaling}
+        values["rope_scaling"] = settings_from(RopeScaling, scaling, path)
+    known = {f.name: values[f.name] for f in fields(MistralConfig) if f.name in values}
     return settings_from(MistralConfig, known, path)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: the index's shards, one file, or Mistral's own."""
-    index, file = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
-        shards = read_json(index).get("weight_map", {})
-        return [folder / name for name in sorted(set(shards.values()))]
-    return [file] if file.is_file() else sorted(folder.glob("consolidated*.safetensors")) or [file]
-
-
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; ValueError if it is missing, broken or cut short."""
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is missing or no whole safetensors file: {error}") from None
-
-
-def read_weights(folder: Path, dtype: torch.dtype | None, device) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint of either format, under the names of Mistral's parameters."""
-    weights, half = {}, read_config(folder).head_dim // 2
-    for file in weight_files(folder):
-        for name, tensor in read_tensors(file).items():
-            if file.name.startswith("consolidated"):
-                name = ".".join(CONSOLIDATED.get(part, part) for part in name.split("."))
-                if name.endswith(("q_proj.weight", "k_proj.weight")):
-                    # rotary pairs stand side by side: row 2i of a head becomes i, 2i + 1 Dh/2 + i
-                    tensor = tensor.unflatten(0, (-1, half, 2)).transpose(1, 2).flatten(0, 2)
-            weights[name.removeprefix("model.")] = tensor.to(device=device, dtype=dtype)
-    return weights
 
 
 def assign_weights(module: nn.Module, weights: dict[str, Tensor], where: Path) -> None:
@@ -329,32 +307,37 @@ def assign_weights(module: nn.Module, weights: dict[str, Tensor], where: Path) -
 
 
 def load_mistral(folder: str | Path, dtype=None, device="cpu", weights=None) -> Mistral:
-    """A model from a checkpoint folder in Hugging Face's format or Mistral's own.
+    """A model from a checkpoint folder in Hugging Face's format or Mistral's own (formats.py).
 
-    dtype None keeps that of the file. weights: those of the folder, if they have been read already.
+    dtype None keeps that of the file. weights: what read_weights returned, which is used up.
     Raises ValueError for a missing or broken file, a config that asks for something else than
     this architecture, and weights that do not fit it.
     """
-    folder = Path(folder)
+    folder, config = Path(folder), read_config(Path(folder))
+    if weights is None:
+        weights = formats.read_weights(folder, config.num_hidden_layers, config.head_dim)
     with torch.device("meta"):
-        model = Mistral(read_config(folder))
-    weights = read_weights(folder, dtype, device) if weights is None else weights
+        model = Mistral(config)
     if model.config.tie_word_embeddings and "embed_tokens.weight" in weights:
-        weights = weights | {"lm_head.weight": weights["embed_tokens.weight"]}
+        weights["lm_head.weight"] = weights["embed_tokens.weight"]
     assign_weights(model, weights, folder)
+    weights.clear()  # so that a file is let go when the last of its tensors has been converted
     model.tie_head()
-    return model
+    kept = reduce(torch.promote_types, (parameter.dtype for parameter in model.parameters()))
+    return model.to(device=device, dtype=dtype or kept)
 
 
 def save_mistral(model: Mistral, folder: str | Path) -> None:
     """Write config.json and model.safetensors as Hugging Face's tools expect them."""
-    folder = Path(folder)
+    folder, config = Path(folder), model.config
     folder.mkdir(parents=True, exist_ok=True)
     weights = {
         name if name.startswith("lm_head.") else f"model.{name}": parameter.detach().contiguous()
         for name, parameter in model.named_parameters()  # lists a tied head once, as embed_tokens
     }
     write_file(folder / "model.safetensors", partial(save_file, weights, metadata={"format": "pt"}))
-    head = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_act": "silu"}
+    head = {"architectures": [f"{config.model_type.capitalize()}ForCausalLM"], "hidden_act": "silu"}
     head["torch_dtype"] = str(model.lm_head.weight.dtype).removeprefix("torch.")
-    write_json(folder / "config.json", head | asdict(model.config))
+    if config.model_type.startswith("qwen"):
+        head |= {"use_sliding_window": config.sliding_window is not None, "max_window_layers": 0}
+    write_json(folder / "config.json", head | asdict(config))

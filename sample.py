@@ -20,6 +20,7 @@ from typing import TextIO
 import torch
 from torch import Tensor
 
+from formats import read_tensors, weight_files
 from model import KVCache, Mistral, read_config
 from thoughts import Prediction, QuietStar, load_any, sample_tokens
 from tokenizer import Tokenizer, load_tokenizer
@@ -62,6 +63,10 @@ def generate_steps(
     for _ in range(max_new_tokens):
         prediction = model.think_last(last, cache) if isinstance(model, QuietStar) else None
         logits = prediction.logits if prediction else model(last[:, None], cache)[:, -1].float()
+        if not logits.isfinite().all():
+            raise ValueError(
+                "the logits are not finite: weights are broken, or their dtype too small"
+            )
         if temperature == 0:
             last = logits.argmax(-1)
         else:
@@ -82,7 +87,7 @@ def generate(
 
     temperature 0 is greedy; top_p keeps the likeliest tokens that together hold this probability;
     generator (on the CPU) makes it repeatable. A QuietStar thinks greedily before every token.
-    Raises ValueError for an empty prompt or a setting out of range.
+    Raises ValueError for an empty prompt, a setting out of range, or logits that are not finite.
     """
     steps = generate_steps(model, ids, max_new_tokens, temperature, top_p, generator)
     return torch.cat([ids, *(token[:, None] for token, _ in steps)], dim=1)
@@ -90,14 +95,16 @@ def generate(
 
 def write(
     model: Mistral | QuietStar, tokenizer: Tokenizer, prompt: str, max_new_tokens: int,
-    samples: int = 1, stop: re.Pattern | None = None, watch: Callable | None = None, **sampling
+    samples: int = 1, stop: re.Pattern | None = None, watch: Callable | None = None,
+    special: bool = False, **sampling
 ) -> list[str]:  # fmt: skip
     """What a model writes after a prompt, `samples` times; sampling: as for generate.
 
     Each text ends before a match of `stop`, at eos, or at an embedding that is no token.
-    watch(row, token, prediction) is called for every token that is written.
+    watch(row, token, prediction) is called for every token that is written. special: the prompt's
+    special tokens are meant.
     """
-    prompt_ids = tokenizer.encode(prompt, bos=tokenizer.adds_bos)
+    prompt_ids = tokenizer.encode(prompt, tokenizer.adds_bos, special)
     before, device = tokenizer.decode(prompt_ids), next(model.parameters()).device
     ids = torch.tensor([prompt_ids] * samples, dtype=torch.long, device=device)
     rows = {row: list(prompt_ids) for row in range(samples)}  # those that are still written
@@ -150,6 +157,7 @@ def paint(text: str, gain: float) -> str:
 # ------------------------------------------------- what all commands share, those of tools/ too
 
 
+SPARE_ROWS = 512  # Qwen has 400
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -166,24 +174,56 @@ def pick_device(name: str | None) -> torch.device:
         raise ValueError(f"--device {name} cannot be used: {reason}") from None
 
 
+def free_memory(device: torch.device) -> float | None:
+    """Bytes that are free on the device (on a CPU without /proc: that it has); None: not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cpu" and (meminfo := Path("/proc/meminfo")).exists():
+        return 1024.0 * int(re.search(r"MemAvailable:\s+(\d+)", meminfo.read_text())[1])
+    if device.type == "cpu" and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+def dtype_that_fits(folder: Path, dtype: torch.dtype | None) -> torch.dtype:
+    """What to read a checkpoint in on a CPU: dtype; None: float32, or its own if memory is short.
+
+    ValueError if that does not fit either. A tenth more than the weights is for computing.
+    """
+    tensors = [t for file in weight_files(folder) for t in read_tensors(file).values()]
+    own = max(tensors, key=torch.numel).dtype if tensors else torch.float32
+    choices = [dtype] if dtype else [torch.float32, own]  # bfloat16 is slow on most CPUs
+    sizes = {kind: 1.1e-9 * sum(t.numel() for t in tensors) * kind.itemsize for kind in choices}
+    free = (free_memory(torch.device("cpu")) or math.inf) / 1e9
+    needed = ", ".join(f"{size:.1f} GB in {str(kind)[6:]}" for kind, size in sizes.items())
+    line = f"{folder} needs {needed}, and {free:.1f} GB of memory are free"
+    fitting = [kind for kind, size in sizes.items() if size <= free]
+    if not fitting:
+        raise ValueError(line)
+    if fitting[0] != choices[0]:
+        print(f"{line}: read in {str(own)[6:]}", file=sys.stderr)
+    return fitting[0]
+
+
 def load(
     folder: str | Path, device: torch.device, dtype: torch.dtype | None = None
 ) -> tuple[Mistral | QuietStar, Tokenizer]:
     """The plain or thinking model in a folder, and its tokenizer.
 
-    dtype None is that of the file, but float32 on a CPU. Raises ValueError if there is no model, or
-    if the two do not belong together: a few rows more than tokens are common (padding to a round
+    dtype None is that of the file, but float32 on a CPU if it fits (dtype_that_fits). Raises
+    ValueError if there is no model, if it is larger than the free memory of a CPU, or if the two do
+    not belong together: up to SPARE_ROWS more rows than tokens are common (padding to a round
     number, appended meta tokens), others are not.
     """
     vocab_size = read_config(Path(folder)).vocab_size
     tokenizer = load_tokenizer(folder)
-    if not tokenizer.vocab_size <= vocab_size < tokenizer.vocab_size + 256:
+    if not tokenizer.vocab_size <= vocab_size <= tokenizer.vocab_size + SPARE_ROWS:
         raise ValueError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens and the model "
             f"{vocab_size}; put the tokenizer that belongs to the checkpoint into its folder"
         )
-    if dtype is None and device.type == "cpu":  # bfloat16 is slow on most CPUs
-        dtype = torch.float32
+    if device.type == "cpu":
+        dtype = dtype_that_fits(Path(folder), dtype)
     return load_any(folder, dtype, device), tokenizer
 
 
@@ -228,7 +268,8 @@ def run(options: argparse.Namespace) -> None:
     """Continue a prompt and print the thoughts, if asked, and the texts."""
     if options.samples < 1 or not 0 <= options.seed < 2**63:
         raise ValueError("--samples must be at least 1 and --seed a whole number from 0")
-    model, tokenizer = load(options.model, pick_device(options.device))
+    dtype = options.dtype and DTYPES[options.dtype]
+    model, tokenizer = load(options.model, pick_device(options.device), dtype)
     if options.show_thoughts and not isinstance(model, QuietStar):
         raise ValueError(f"{options.model} is a plain model: it has no thoughts to show")
 
@@ -244,6 +285,7 @@ def run(options: argparse.Namespace) -> None:
         options.max_new_tokens,
         options.samples,
         watch=show if options.show_thoughts else None,
+        special=options.special,
         temperature=0.0 if options.greedy else options.temperature,
         top_p=options.top_p,
         generator=torch.Generator().manual_seed(options.seed),
@@ -258,6 +300,7 @@ def main(arguments: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--model", required=True, metavar="FOLDER", help="checkpoint folder, plain or thinking")
     add("--prompt", required=True, help="the text to continue")
+    add("--special", action="store_true", help="special tokens spelled in the prompt are meant")
     add("--max-new-tokens", type=int, default=16, help="tokens to write (16)")
     add("--temperature", type=float, default=1.0, help="of sampling; 0 is greedy (1.0)")
     add("--top-p", type=float, default=1.0, help="sample among the likeliest tokens only (1.0)")
@@ -265,6 +308,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--samples", type=int, default=1, help="continuations at once (1)")
     add("--show-thoughts", action="store_true", help="print the thought before every token")
     add("--seed", type=int, default=0, help="of the sampling (0)")
+    add("--dtype", choices=DTYPES, help="precision; none: the file's, on a CPU float32 if it fits")
     add("--device", help="cpu, cuda, mps; none: the best there is")
     execute(parser, run, arguments)
 

@@ -31,6 +31,7 @@ negative log-likelihood, "logp" a log-probability, both in nats.
 
 import math
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,14 +40,14 @@ from safetensors.torch import save_file
 from torch import Tensor, einsum, nn
 
 from data import check_at_least, read_json, settings_from, write_file, write_json
+from formats import read_tensors, read_weights
 from model import (
     KVCache,
     Mistral,
     assign_weights,
     in_window,
     load_mistral,
-    read_tensors,
-    read_weights,
+    read_config,
     save_mistral,
 )
 
@@ -72,6 +73,9 @@ class ThoughtConfig:
     def __post_init__(self):
         check_at_least(self, n_thoughts=1, thought_length=0, n_true=1, policy_weight=0)
         check_at_least(self, embedding_scale=1e-9, reinforce_temperature=1e-9, base_weight=0)
+        check_at_least(self, start_id=0, end_id=0, init_id=0)
+        if self.start_id is not None and self.start_id == self.end_id:
+            raise ValueError(f"start_id and end_id are both {self.start_id}")
         if self.base_weight > 1:
             raise ValueError(f"base_weight is {self.base_weight}; it must be between 0 and 1")
 
@@ -437,6 +441,11 @@ def count_targets(target_mask: Tensor, positions: Tensor, n_true: int) -> tuple[
     return int(target_mask[:, 1:].sum()), int(valid.all(0).sum())
 
 
+def valid_mean(x: Tensor, output: Output, counts: tuple[int, int]) -> Tensor:
+    """Mean of x [B, N, J] over thoughts and valid positions, of which counts has the number."""
+    return (x * output.valid.all(0)[:, None]).sum() / max(x.shape[1] * counts[1], 1)
+
+
 def quiet_star_loss(
     output: Output, config: ThoughtConfig, counts: tuple[int, int] | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -450,19 +459,14 @@ def quiet_star_loss(
     Paper: section 4.4. As in the authors' code: L_base and the weights, the mean over a in L_NLL,
     and R_j and L_NLL as means of log p over thoughts, not logs of mean p.
     """
-    n_targets, n_valid = counts or count_targets(
-        output.target_mask, output.positions, config.n_true
-    )
+    counts = counts or count_targets(output.target_mask, output.positions, config.n_true)
     _, _, base_nll, talk_nll, weight, valid, positions, _ = output
     r = reward(talk_nll, base_nll, positions, valid)  # [B, N, J]
     if config.drop_negative:
         r = r.clamp(min=0)
 
-    def mean(x: Tensor) -> Tensor:
-        """Mean of x [B, N, J] over thoughts and valid positions."""
-        return (x * valid.all(0)[:, None]).sum() / max(config.n_thoughts * n_valid, 1)
-
-    L_base = base_nll.sum() / max(n_targets, 1)  # - log p_init(x_{j+1})
+    mean = partial(valid_mean, output=output, counts=counts)
+    L_base = base_nll.sum() / max(counts[0], 1)  # - log p_init(x_{j+1})
     L_NLL = mean(talk_nll.mean(0))  # - mean_a log p_talk_{j,a}(x_{j+1+a})
     L_REINFORCE = mean(-r * output.thought_logp.sum(-1))  # - r_j log p(thought_j), r_j a constant
     init_nll = mean(-base_sum(base_nll, positions, valid).expand_as(r) / config.n_true)
@@ -502,21 +506,24 @@ def load_any(folder: str | Path, dtype=None, device="cpu") -> QuietStar | Mistra
     dtype None keeps that of the file. Raises ValueError as load_mistral does.
     """
     folder = Path(folder)
-    config, weights = read_thought_config(folder), read_weights(folder, dtype, device)
+    config, shape = read_thought_config(folder), read_config(folder)
+    weights = read_weights(folder, shape.num_hidden_layers, shape.head_dim)
     if config:
         own = read_tensors(folder / "quiet_star.safetensors")
     elif "start_embedding" in weights:
         # Their "8 ahead" counts start and end, their ids are the last two of the vocabulary, row 1
         # of an embedding is unused, and their talk_head is our mixing head (see mixing_weight).
-        V = len(weights["embed_tokens.weight"])
+        V, D = shape.vocab_size, shape.hidden_size
         config = ThoughtConfig(thought_length=6, start_id=V - 2, end_id=V - 1)
-        own = {name: weights.pop(name)[0] for name in ("start_embedding", "end_embedding")}
-        for name in [name for name in weights if name.startswith("talk_head.0.")]:
-            own[name.replace("talk_head.0.", "mixing_head.")] = weights.pop(name)
+        theirs = [name for name in weights if name.startswith(("talk_head.0.", "start_", "end_"))]
+        own = {name.replace("talk_head.0.", "mixing_head."): weights.pop(name) for name in theirs}
+        own |= {name: row.flatten()[:D] for name, row in own.items() if "_embedding" in name}
     else:
-        return load_mistral(folder, weights=weights)
-    model = QuietStar(load_mistral(folder, weights=weights), config)
-    own = {name: tensor.to(device=device, dtype=dtype) for name, tensor in own.items()}
+        return load_mistral(folder, dtype, device, weights)
+    if config.init_id is not None and config.init_id >= shape.vocab_size:
+        raise ValueError(f"{folder}: init_id is {config.init_id}; it is no token")
+    model = QuietStar(load_mistral(folder, dtype, device, weights), config)
+    own = {name: tensor.to(model.start_embedding) for name, tensor in own.items()}
     base = {f"model.{name}": parameter for name, parameter in model.model.state_dict().items()}
     assign_weights(model, base | own, folder)
     model.model.tie_head()

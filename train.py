@@ -109,7 +109,7 @@ PRESETS = {"mistral-7b": LARGE}  # what differs from the defaults on one GPU of 
 
 # What differs on the built-in corpus: embeddings and rates of a model that is 128 wide.
 BUILT_IN = {
-    "steps": 150, "cooldown": 0.3, "context": 64, "positions": 16, "lr": 2e-4, "mixing_lr": 3e-3,
+    "steps": 150, "cooldown": 0.5, "context": 64, "positions": 16, "lr": 2e-4, "mixing_lr": 3e-3,
     "base_steps": 1500,
 }  # fmt: skip
 BUILT_IN_THOUGHTS = {
@@ -136,7 +136,7 @@ def language_loss(model: Mistral, ids: Tensor, targets: Tensor, positions, count
     """The plain language-model loss: the mean nll of a batch's targets in nats, and its metrics."""
     logits = model(ids)[:, :-1].float().flatten(0, 1)  # [B * (T-1), V]
     nll = F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none")
-    loss = (nll * targets[:, 1:].flatten()).sum() / counts[0]
+    loss = (nll * targets[:, 1:].flatten()).sum() / max(counts[0], 1)
     return loss, {"loss": loss.detach()}
 
 
@@ -232,6 +232,12 @@ def log(folder: Path, step: int, steps: int, metrics: dict[str, float], left: fl
 # ------------------------------------------------------------------------------------- checkpoints
 
 
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the files that load_tokenizer reads, except for the model's config.json."""
+    for file in (*source.glob("tokenizer*"), *source.glob("tekken.json")):
+        shutil.copy(file, target)
+
+
 def save(model: nn.Module, optimizer, generator, step: int, folder: Path) -> None:
     """Write a checkpoint beside the old one, then put it in its place.
 
@@ -241,8 +247,7 @@ def save(model: nn.Module, optimizer, generator, step: int, folder: Path) -> Non
     new = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(new, ignore_errors=True)
     (save_quiet_star if isinstance(model, QuietStar) else save_mistral)(model, new)
-    for file in folder.parent.glob("tokenizer*"):
-        shutil.copy(file, new)
+    copy_tokenizer(folder.parent, new)
     state = {
         "step": step,
         "optimizer": optimizer.state_dict(),
@@ -310,8 +315,7 @@ def make_folder(settings: Settings, thoughts: ThoughtConfig, run: Path) -> None:
     if settings.checkpoint is None:
         save_byte_tokenizer(run)
     else:
-        for file in Path(settings.checkpoint).glob("tokenizer*"):
-            shutil.copy(file, run)
+        copy_tokenizer(Path(settings.checkpoint), run)
     files = [*settings.data, *filter(None, [settings.eval_data])]
     texts = {file: data.version(file) for file in files}  # by which --resume sees that one changed
     saved = {"settings": asdict(settings), "thoughts": asdict(thoughts), "texts": texts}
@@ -350,7 +354,11 @@ def thinking_model(settings: Settings, thoughts: ThoughtConfig, run: Path, devic
         for embedding in (base.start_embedding, base.end_embedding):  # the same in use
             embedding.data *= old.embedding_scale / thoughts.embedding_scale
         return base
-    return QuietStar(base, replace(thoughts, init_id=tokenizer.token_id(EM_DASH)))
+    try:
+        init_id = tokenizer.token_id(EM_DASH)
+    except ValueError:  # not every vocabulary has it
+        init_id = tokenizer.encode(EM_DASH)[0]
+    return QuietStar(base, replace(thoughts, init_id=init_id))
 
 
 def train_thoughts(
@@ -412,9 +420,9 @@ def make_settings(given: dict) -> tuple[Settings, ThoughtConfig]:
         )
     if checkpoint is None and settings.base_steps < 1:
         raise ValueError("base_steps is 0; without --checkpoint a base model has to be trained")
-    unheard = {"base_steps"} & {*options} if checkpoint else set()
-    if unheard := unheard | ({"work"} & {*options} if not built_in else set()):
-        raise ValueError(f"{', '.join(unheard)}: of the built-in corpus, which is not used here")
+    heard = {"base_steps": checkpoint is None, "work": built_in}
+    for name in [name for name in heard if name in options and not heard[name]]:
+        raise ValueError(f"{name} is of the built-in corpus, which is not used here; leave it out")
     needs = {"eval_data": "data", "eval_every": "eval_data", "eval_sequences": "eval_data"}
     for name in [name for name in needs if name in options and needs[name] not in options]:
         raise ValueError(f"{name} means nothing without {needs[name]}")

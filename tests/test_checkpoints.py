@@ -1,6 +1,9 @@
 """A thinking model survives saving and loading; the authors' checkpoint format loads."""
 
 import json
+import random
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny import random_ids, tiny_quiet_star
 
 from model import load_mistral, save_mistral
-from thoughts import load_quiet_star, save_quiet_star
+from thoughts import load_any, load_quiet_star, save_quiet_star
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -46,25 +49,65 @@ def test_tied_head_stays_tied(tmp_path):
     same_output(again, model, random_ids(1, 6))
 
 
-def test_the_authors_checkpoint(tmp_path):
-    """Their names, their two meta tokens at the end of the vocabulary, their [2, D] embeddings."""
+@pytest.fixture(params=["one file", "shards"])
+def released(request, tmp_path):
+    """A folder as the authors released theirs, made of their recorded step; its tensors."""
     numbers = json.loads((FIXTURES / "official_case.json").read_text())
     tensors = load_file(FIXTURES / "official_case.safetensors")
     weights = {name[2:]: tensor for name, tensor in tensors.items() if name.startswith("w.")}
-    weights["end_embedding"] = weights["end_embedding"] + 1  # theirs begin alike
-    save_file(weights, tmp_path / "model.safetensors")
-    config = {**numbers["config"], "model_type": "mistral"}
+    assert weights["start_embedding"].shape == weights["end_embedding"].shape == (2, 32)
+    if request.param == "one file":
+        save_file(weights, tmp_path / "model.safetensors")
+    else:
+        weight_map = {}
+        for shard in range(3):
+            file = f"model-0000{shard + 1}-of-00003.safetensors"
+            part = {name: weights[name] for name in sorted(weights)[shard::3]}
+            save_file(part, tmp_path / file)
+            weight_map |= dict.fromkeys(part, file)
+        index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = {**numbers["config"], "model_type": "mistral", "architectures": ["MistralForCausalLM"]}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    model = load_quiet_star(tmp_path)
+    return tmp_path, weights, tensors
+
+
+def test_the_authors_checkpoint(released):
+    """Their names, their two meta tokens at the end of the vocabulary, row 0 of [2, D]."""
+    folder, weights, _ = released
+    model = load_quiet_star(folder)
     assert (model.start_id, model.end_id) == (65, 66)
     assert model.config.embedding_scale == 100
     assert torch.equal(model.start_embedding, weights["start_embedding"][0])
     assert torch.equal(model.end_embedding, weights["end_embedding"][0])
     assert model.config.thought_length == 6  # their "8 ahead", start and end taken off
     assert torch.equal(model.mixing_head[4].weight, weights["talk_head.0.4.weight"])
+
+
+def test_the_authors_checkpoint_computes_their_step(released):
+    """The recorded losses with and without thoughts, from the folder alone."""
+    folder, _, tensors = released
+    model = load_quiet_star(folder)
+    model.config = replace(model.config, thought_length=3, n_true=3)
     ids = tensors["input_ids"]
-    base = model(ids, temperature=0).base_nll
-    assert (base - tensors["loss_list.0"][::2]).abs().max() < 5e-5
+    S = ids.shape[1]
+    forced = tensors["thought_ids"].permute(1, 2, 0).unflatten(0, (-1, 2))[:, :, : S - 1]
+    output = model(ids, thought_ids=forced, positions=torch.arange(S - 1))
+    assert (output.base_nll - tensors["loss_list.0"][::2]).abs().max() < 5e-5
+    for k in range(3):
+        expected = tensors[f"loss_list.{5 + k}"]  # [row, position], row = sequence * N + thought
+        talk = output.talk_nll[k].flatten(0, 1)[:, : S - 1 - k]
+        assert (talk - expected).abs().max() < 5e-5
+
+
+def test_the_authors_end_embedding_is_read_apart(released):
+    """In the recorded step both begin alike."""
+    folder, weights, _ = released
+    for file in folder.glob("*.safetensors"):
+        part = load_file(file)
+        if "end_embedding" in part:
+            save_file(part | {"end_embedding": part["end_embedding"] + 1}, file)
+    assert torch.equal(load_quiet_star(folder).end_embedding, weights["end_embedding"][0] + 1)
 
 
 def test_a_plain_model_is_no_thinking_model(tmp_path):
@@ -89,3 +132,87 @@ def test_broken_quiet_star_files(tmp_path):
     save_file(weights, tmp_path / "quiet_star.safetensors")
     with pytest.raises(ValueError, match="start_embedding"):
         load_quiet_star(tmp_path)
+    for change, message in (
+        ({"n_thoughts": "2"}, "n_thoughts is '2'; it must be int"),
+        ({"n_true": 10**30}, "n_true is 1000000.*; it must be int"),
+        ({"init_id": 23}, "init_id is 23; it is no token"),
+        ({"start_id": 5, "end_id": 5}, "start_id and end_id are both 5"),
+        ({"start_id": -1}, "start_id is -1"),
+        ({"embedding_scale": float("nan")}, "embedding_scale is nan"),
+        ({"drop_negative": 1}, "drop_negative is 1; it must be bool"),
+    ):
+        path.write_text(json.dumps(good | change))
+        with pytest.raises(ValueError, match=message):
+            load_quiet_star(tmp_path)
+
+
+# ------------------------------------------------------------------------------ files gone wrong
+
+
+VALUES = [
+    None, True, False, -1, 0, 1, 2, 3, 8, 10**12, 10**30, 0.5, 1e-30, float("nan"), float("inf"),
+    "", "x", "32", "llama", "qwen2", [], [1], [None, 8], {}, {"rope_type": "yarn"}, {"a": {"b": 1}},
+]  # fmt: skip
+
+
+def change_json(text: str, draw: random.Random) -> str:
+    """One value, key or stretch of a JSON file is another."""
+    values = json.loads(text)
+    inside = values.get("weight_map", values)
+    key = draw.choice(sorted(inside))
+    kind = draw.randrange(5)
+    if kind < 3:
+        inside[key] = draw.choice(VALUES)
+    elif kind == 3:
+        del inside[key]
+    else:
+        at = draw.randrange(len(text))
+        return text[:at] + draw.choice(["", "[", "9", "\x00", '"', "}"]) + text[at + 1 :]
+    return json.dumps(values)
+
+
+def change_bytes(content: bytes, draw: random.Random) -> bytes:
+    """A byte of a safetensors file is another, most often in its header, or its end is missing."""
+    header = 8 + int.from_bytes(content[:8], "little")
+    at = draw.choice(
+        [draw.randrange(8), *[draw.randrange(header)] * 6, draw.randrange(len(content))]
+    )
+    if draw.random() < 0.2:
+        return content[:at]
+    return content[:at] + draw.randbytes(1) + content[at + 1 :]
+
+
+def test_changed_files_load_rightly_or_are_refused(tmp_path):
+    """Some hundreds of random changes: a ValueError of one line that names the folder, or a model.
+
+    If what was changed is not its weights and its config came out the same, so do its logits.
+    """
+    draw, ids, refused = random.Random(0), random_ids(1, 6), 0
+    save_quiet_star(tiny_quiet_star(), tmp_path / "thinking")
+    for name in ("b", "e"):
+        shutil.copytree(FIXTURES / f"mistral_tiny_{name}", tmp_path / name)
+        (tmp_path / name / "expected.safetensors").unlink()
+        (tmp_path / name / "expected.json").unlink()
+    for folder in sorted(tmp_path.iterdir()):
+        other = load_any(folder)
+        other = getattr(other, "model", other)
+        expected = other(ids)
+        for _ in range(200):
+            path = draw.choice(sorted(folder.iterdir()))
+            content = path.read_bytes()
+            if path.suffix == ".json":
+                changed = change_json(content.decode(), draw).encode()
+            else:
+                changed = change_bytes(content, draw)
+            path.write_bytes(changed)
+            try:
+                model = load_any(folder)
+                base = getattr(model, "model", model)
+                logits = base(ids)
+                if path.suffix == ".json" and base.config == other.config:
+                    assert torch.equal(logits, expected), path
+            except ValueError as error:
+                assert str(folder) in str(error) and "\n" not in str(error), error
+                refused += 1
+            path.write_bytes(content)
+    assert 250 < refused < 550

@@ -1,12 +1,13 @@
 """Paper, section 4.2: all thoughts in parallel are the thoughts one would have one at a time."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 from tiny import random_ids, think_slowly, tiny_quiet_star
 
-from model import KVCache, MistralConfig, in_window
+from model import KVCache, Mistral, MistralConfig, RopeScaling, in_window
 from thoughts import QuietStar, ThoughtConfig, thought_mask
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -31,6 +32,27 @@ def test_parallel_equals_one_at_a_time(window, positions):
                 assert close(output.weight[:targets, b, n, index], slow["weight"])
                 assert output.valid[:, b, index].sum() == targets
                 assert not output.talk_nll[targets:, b, n, index].any()
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_families_think_one_at_a_time_too(family):
+    """Biases on q, k and v or norms on q and k, both with scaled rotary positions and a window."""
+    model = tiny_quiet_star()
+    scaling = RopeScaling(8.0, 1.0, 4.0, 16)
+    changes = {"model_type": family, "rope_scaling": scaling, "sliding_window": 6}
+    model.model = Mistral(replace(model.model.config, **changes))
+    for parameter in model.model.parameters():
+        if parameter.dim() == 1:  # biases and norms begin at 0 and 1
+            torch.nn.init.normal_(parameter)
+    ids = random_ids(2, 12)
+    output = model(ids, temperature=0)
+    for b in range(2):
+        for j in output.positions.tolist():
+            slow = think_slowly(model, ids[b], j, None)
+            assert output.thought_ids[b, 0, j].tolist() == slow["ids"]
+            assert close(output.thought_logp[b, 0, j], slow["logp"])
+            assert close(output.talk_nll[:, b, 0, j], slow["nll"])
+            assert close(output.weight[:, b, 0, j], slow["weight"])
 
 
 def close(fast, slow):

@@ -1,11 +1,14 @@
 """Generation, with and without thoughts, against recomputing everything at every step."""
 
+import json
+import re
+
 import pytest
 import torch
 from tiny import random_ids, think_slowly, tiny_mistral, tiny_quiet_star
 
 import sample
-from model import KVCache, save_mistral
+from model import KVCache, Mistral, MistralConfig, save_mistral
 from sample import generate, generate_steps, nucleus
 from thoughts import save_quiet_star
 from tokenizer import save_byte_tokenizer
@@ -111,6 +114,19 @@ def test_bad_settings(arguments, message):
         generate(tiny_mistral(), **given)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("thinking", [False, True])
+def test_logits_that_are_not_finite(temperature, value, thinking):
+    """Broken weights are an error, not a text of token 0."""
+    model = tiny_quiet_star() if thinking else tiny_mistral()
+    torch.nn.init.constant_(
+        model.get_parameter("model.norm.weight" if thinking else "norm.weight"), value
+    )
+    with pytest.raises(ValueError, match="logits are not finite"):
+        generate(model, random_ids(1, 3), 1, temperature)
+
+
 # ------------------------------------------------------------------------------ the command line
 
 
@@ -186,9 +202,73 @@ def test_colors_are_for_terminals(monkeypatch):
     assert sample.paint("x", 0.1) == "x"
 
 
-def test_tokenizer_of_another_model(folders, tmp_path, capsys):
-    save_mistral(tiny_mistral(V=1000), tmp_path)
+@pytest.mark.parametrize(
+    ("kept", "asked", "share", "taken"),
+    [
+        (torch.bfloat16, None, 1.2, torch.float32),
+        (torch.bfloat16, None, 0.6, torch.bfloat16),
+        (torch.bfloat16, None, 0.5, None),
+        (torch.bfloat16, torch.float32, 0.6, None),
+        (torch.float32, None, 1.2, torch.float32),
+        (torch.float32, None, 1.0, None),
+        (torch.float32, torch.bfloat16, 0.6, torch.bfloat16),
+    ],
+)
+def test_dtype_on_a_cpu(tmp_path, monkeypatch, capsys, kept, asked, share, taken):
+    """By the share of the weights in float32 that is free: a tenth more than the weights is needed.
+
+    One line says it where another dtype is taken, or where none fits.
+    """
+    model = Mistral(MistralConfig(258, 1000, 3000, 1, 10, 10)).to(kept)
+    save_mistral(model, tmp_path)
     save_byte_tokenizer(tmp_path)
+    size = 4 * sum(p.numel() for p in model.parameters())
+    monkeypatch.setattr(sample, "free_memory", lambda device: size * share)
+    options = [
+        "--model",
+        str(tmp_path),
+        "--prompt",
+        "x",
+        "--max-new-tokens",
+        "0",
+        "--device",
+        "cpu",
+    ]
+    options += ["--dtype", str(asked).removeprefix("torch.")] if asked else []
+    if taken is None:
+        with pytest.raises(SystemExit):
+            sample.main(options)
+    else:
+        sample.main(options)
+        loaded, _ = sample.load(tmp_path, torch.device("cpu"), asked)
+        assert loaded.lm_head.weight.dtype == taken
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == (1 if taken is None else 2 * (asked is None and taken == torch.bfloat16))
+    for line in said:
+        assert re.search(r"needs 0\.\d GB in .* and 0\.\d GB of memory are free", line)
+
+
+def test_special_tokens_of_a_prompt(tmp_path):
+    save_byte_tokenizer(tmp_path)
+    document = json.loads((tmp_path / "tokenizer.json").read_text())
+    document["added_tokens"] = [{"id": 258, "content": "<|end|>", "special": True}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    save_mistral(tiny_mistral(V=259), tmp_path)
+    seen = []
+    model, tokenizer = sample.load(tmp_path, torch.device("cpu"))
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].tolist()))
+    for special in (False, True):
+        sample.write(model, tokenizer, "<|end|>", 1, special=special, temperature=0)
+    assert seen == [[[ord(">")]], [[258]]]
+    options = ["--model", str(tmp_path), "--prompt", "<|end|>", "--device", "cpu", "--special"]
+    sample.main([*options, "--max-new-tokens", "1"])
+
+
+def test_tokenizer_of_another_model(folders, tmp_path, capsys):
+    save_byte_tokenizer(tmp_path)
+    save_mistral(tiny_mistral(V=258 + 512), tmp_path)
+    sample.load(tmp_path, torch.device("cpu"))
+    save_mistral(tiny_mistral(V=1000), tmp_path)
     with pytest.raises(SystemExit):
         sample.main(["--model", str(tmp_path), "--prompt", "x"])
     assert "the tokenizer has 258 tokens and the model 1000" in capsys.readouterr().err

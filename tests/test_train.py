@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -234,6 +235,21 @@ def test_a_checkpoint_with_the_papers_settings(tmp_path, checkpoint):
     assert generate(model, random_ids(1, 4), 3).shape == (1, 7)
 
 
+def test_a_vocabulary_without_the_em_dash(tmp_path, checkpoint):
+    """The meta tokens begin as the first token of its encoding; the tokenizer goes along."""
+    folder = tmp_path / "pretrained"
+    shutil.copy(Path(__file__).parent / "fixtures" / "tekken_cut" / "tekken.json", folder)
+    (folder / "tokenizer.json").unlink()
+    document = json.loads((folder / "tekken.json").read_text(encoding="utf-8"))
+    document["config"] |= {"default_vocab_size": 258 + 20, "default_num_special_tokens": 20}
+    (folder / "tekken.json").write_text(json.dumps(document))
+    save_mistral(tiny_quiet_star(V=278).model, folder)
+    run(tmp_path / "out", checkpoint + " --steps 1 --context 16 --micro-batch 3", small="")
+    model = load_quiet_star(tmp_path / "out" / "quiet_star")
+    assert model.config.init_id == 20 + "—".encode()[0]
+    assert load_tokenizer(tmp_path / "out" / "quiet_star").vocab_size == 278
+
+
 @pytest.fixture
 def prepared(tmp_path, checkpoint):
     """The same text as a folder of tokens, in the form that tools/prepare.py gives it."""
@@ -424,7 +440,7 @@ def test_runs_get_their_own_folders(tmp_path, monkeypatch):
         ("--cooldown 10", "cooldown is 10.0; it must be between 0 and 1"),
         ("--data text", "--data needs --checkpoint"),
         ("--eval-data text", "eval_data means nothing without data"),
-        ("--checkpoint nowhere --data text", "base_steps: of the built-in corpus"),
+        ("--checkpoint nowhere --data text", "base_steps is of the built-in corpus"),
         ("--resume --seed 1", "leave out"),
         ("--dtype float16", "dtype is float16; it must be float32 or bfloat16"),
     ],
@@ -442,7 +458,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, options, messag
 def test_options_of_the_built_in_corpus_are_for_it_alone(tmp_path, capsys, checkpoint):
     """A foreign checkpoint needs text of its own, and no share of asides."""
     for options, message in (
-        (checkpoint + " --work 0.5", "work: of the built-in corpus, which is not used here"),
+        (checkpoint + " --work 0.5", "work is of the built-in corpus, which is not used here"),
         ("--checkpoint nowhere --data text", "nowhere is no checkpoint"),
         (checkpoint.split(" --data")[0], "is no model of the built-in corpus: give it --data"),
     ):

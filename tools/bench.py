@@ -5,6 +5,7 @@
     python -m tools.bench tricks           each trick of fast/ alone, at T = 256
     python -m tools.bench generation       a token with a thought against K + 1 steps without
     python -m tools.bench loading          a 4 GB checkpoint against reading its bytes
+    python -m tools.bench loading --preset mistral-7b    14.5 GB are written, loaded and used once
     python -m tools.bench tokenizing --data FILE     a text against sentencepiece, if it is there
     python -m tools.bench --preset mistral-7b        twenty steps on random weights, on a GPU
 
@@ -16,8 +17,10 @@ model, in a process of its own. "fast" is what train.py does, "plain" what its -
 """
 
 import argparse
+import math
 import os
 import re
+import shutil
 import statistics
 import tempfile
 import time
@@ -37,7 +40,14 @@ import fast
 import train
 from data import write_json
 from model import Mistral, MistralConfig, load_mistral
-from sample import execute, generate_steps, make_parser, pick_device
+from sample import (
+    dtype_that_fits,
+    execute,
+    generate,
+    generate_steps,
+    make_parser,
+    pick_device,
+)
 from thoughts import QuietStar, ThoughtConfig, count_targets, quiet_star_loss
 from tokenizer import load_tokenizer
 from tools import plan
@@ -258,15 +268,46 @@ def bench_loading(options: argparse.Namespace) -> None:
             )
 
 
+def bench_loading_preset(options: argparse.Namespace) -> None:
+    """A bfloat16 checkpoint of the real shape: written, loaded, one token sampled, deleted."""
+    with tempfile.TemporaryDirectory() as folder:
+        begin = time.perf_counter()
+        size = write_shards(Path(folder), MISTRAL_7B, shards=16)
+        print(f"{size / 1e9:.2f} GB written in {time.perf_counter() - begin:.0f} s", flush=True)
+        dtype_that_fits(Path(folder), torch.bfloat16)
+        loaded, token, peak = in_its_own_process(load_and_sample, folder, options.threads)
+        print(
+            f"loaded in {loaded:.1f} s, a token in {token:.1f} s; peak resident memory "
+            f"{peak / 1e9:.2f} GB, {peak / size:.3f} of the checkpoint"
+        )
+
+
+def load_and_sample(folder: str, threads: int) -> tuple[float, float, int]:
+    """Seconds to load a checkpoint, and to sample a token; peak resident memory over both."""
+    torch.set_num_threads(threads or torch.get_num_threads())
+    before, begin = resident("VmRSS"), time.perf_counter()
+    model = load_mistral(folder)
+    loaded = time.perf_counter()
+    generate(model, torch.tensor([[1]]), 1)  # what is loaded is read from the disk when it is used
+    return loaded - begin, time.perf_counter() - loaded, resident("VmHWM") - before
+
+
 def write_shards(folder: Path, config: MistralConfig, shards: int) -> int:
-    """A random bfloat16 checkpoint in several files, layer by layer; returns its bytes."""
+    """A random bfloat16 checkpoint in several files, layer by layer; returns its bytes.
+
+    ValueError if the disk has not so much room.
+    """
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in Mistral(config).named_parameters()}
+    needed, free = 2 * sum(map(math.prod, shapes.values())), shutil.disk_usage(folder).free
+    if needed > free:
+        gigabytes = f"{needed / 1e9:.1f} GB of disk are needed and {free / 1e9:.1f} are free"
+        raise ValueError(f"{gigabytes} in {folder}; TMPDIR names another place")
     names, weight_map, total = list(shapes), {}, 0
     for shard in range(shards):
         file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
         part = {}
-        for name in names[shard::shards]:
+        for name in names[shard * len(names) // shards : (shard + 1) * len(names) // shards]:
             key = name if name.startswith("lm_head.") else f"model.{name}"
             part[key] = torch.randn(shapes[name]).bfloat16()
             weight_map[key] = file
@@ -291,7 +332,8 @@ def load(folder: str, dtype: torch.dtype | None) -> tuple[float, int]:
     """Seconds to load a checkpoint, and the peak resident memory of loading."""
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak; Linux only
     before, begin = resident("VmRSS"), time.perf_counter()
-    load_mistral(folder, dtype)
+    for parameter in load_mistral(folder, dtype).parameters():
+        parameter.detach().flatten()[::1024].sum()  # a number of every page: it is read when used
     return time.perf_counter() - begin, resident("VmHWM") - before
 
 
@@ -371,7 +413,10 @@ def run(options: argparse.Namespace) -> None:
     """Run the chosen benchmark."""
     if options.threads:
         torch.set_num_threads(options.threads)
-    (bench_preset if options.preset else BENCHES[options.what])(options)
+    at_scale = {"steps": bench_preset, "loading": bench_loading_preset}
+    if options.preset and options.what not in at_scale:
+        raise ValueError(f"--preset is for {' and '.join(at_scale)}, not for {options.what}")
+    (at_scale if options.preset else BENCHES)[options.what](options)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -390,7 +435,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--checkpointing", action="store_true", help="steps: keep fewer activations")
     add("--repeats", type=int, default=3, help="measurements to take the median of (3)")
     add("--data", metavar="FILE", help="tokenizing: a text")
-    add("--preset", choices=train.PRESETS, help="steps of a large model in train.py's preset")
+    add("--preset", choices=train.PRESETS, help="steps, loading: of a large model's real shape")
     add("--steps", type=int, default=20, help="--preset: optimiser steps (20)")
     add("--threads", type=int, default=1, help="CPU threads, 0 for all (1)")
     add("--device", help="--preset: cpu, cuda; none: the best there is")

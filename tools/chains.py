@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--seed", type=int, default=0, help="of the sampling (0)")
     add("--out", metavar="FILE", help="of results, continued if it is there; none: in the model")
     add("--device", help="cpu, cuda, mps; none: the best there is")
-    add("--dtype", choices=DTYPES, help="of the computation; none: the file's, float32 on a CPU")
+    add("--dtype", choices=DTYPES, help="precision; none: the file's, on a CPU float32 if it fits")
     execute(parser, run, arguments)
 
 

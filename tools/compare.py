@@ -104,7 +104,9 @@ def text_report(
         return evaluation.text_nll(model, ids.flatten(), mask.flatten(), ids.shape[1])
 
     base, tokenizer = load(folders[0], device, dtype)
-    plain, _ = nll(QuietStar(base, ThoughtConfig(n_thoughts=1, thought_length=0)))
+    if not isinstance(base, QuietStar):
+        base = QuietStar(base, ThoughtConfig(n_thoughts=1, thought_length=0))
+    plain, _ = nll(base)
     control, _ = nll(load(folders[1], device, dtype)[0])
     model, _ = load(folders[2], device, dtype)
     without, with_thought = nll(model)

@@ -34,7 +34,7 @@ import eval as evaluation
 import train
 from data import read_json, write_json, write_text
 from sample import execute, make_parser
-from thoughts import QuietStar
+from thoughts import QuietStar, quiet_star_loss
 from tokenizer import load_tokenizer
 from tools import objectives
 from tools.plan import work_of
@@ -53,9 +53,11 @@ class Experiment(NamedTuple):
     begins: str | None = "base"  # whose model it continues; none: it is itself a base model
 
     def tokens(self) -> int:
-        """Tokens that a run handles, those of its thoughts too: what it costs."""
+        """Tokens that a run handles at most, those of its thoughts too: what it costs."""
         settings, thoughts = train.make_settings(self.options)
         work = work_of(settings, thoughts)
+        if self.begins is None:
+            return settings.base_steps * train.BASE_SETTINGS["batch_size"] * work.T
         work = replace(work, J=0) if self.loss is objectives.plain_loss else work
         return settings.steps * work.batch * work.tokens(thoughts)
 
@@ -73,6 +75,7 @@ def objective(function: Callable, model: Callable = train.thinking_model, **opti
 BASE, FULL = ("base", Experiment(begins=None)), ("full", Experiment())
 PAUSE = "pause", Experiment(loss=objectives.pause_loss)
 ALL_ADVANTAGES = "all-advantages", objective(objectives.all_advantages)
+HOT = objectives.trained_by(quiet_star_loss, temperature=2.0)
 BASE_BASELINE = "base-baseline", objective(objectives.base_as_baseline)
 
 
@@ -113,7 +116,7 @@ TABLES: dict[str, dict[str, tuple[str, Experiment]]] = {  # title: {row: (name, 
         f"K = {K}": FULL if K == data.ASIDE else (f"K{K}", Experiment({"thought_length": K}))
         for K in (0, 1, 2, 4, data.ASIDE, 8, 12)
     },
-    "A curriculum of falling K and A, each row continuing the one before (Fast Quiet-STaR).": {
+    "A curriculum of falling K and A, each row from the one before (as Fast Quiet-STaR).": {
         "K = 12, A = 4": ("K12-A4", Experiment({"thought_length": 12, "n_true": 4})),
         "then K = 8, A = 2": ("K12-8", Experiment({"thought_length": 8}, begins="K12-A4")),
         "then K = 6, A = 1": ("K12-8-6", Experiment({"n_true": 1}, begins="K12-8")),
@@ -150,6 +153,16 @@ TABLES: dict[str, dict[str, tuple[str, Experiment]]] = {  # title: {row: (name, 
         for percent in (50, 30, 20, 15, 10)
         for label, row in scarce_rows(percent).items()
     },
+    "What helps to find a thought as rare as 10 %?": {
+        "nothing else": ("work-10", scarce(10)),
+        "three times the steps": ("work-10-steps", scarce(10, steps=450)),
+        "N = 4": ("work-10-N4", scarce(10, n_thoughts=4)),
+        "N = 8": ("work-10-N8", scarce(10, n_thoughts=8)),
+        "62 positions": ("work-10-J62", scarce(10, positions=62)),
+        "sampled at temperature 2": ("work-10-hot", scarce(10, HOT)),
+        "policy weight 100": ("work-10-policy", scarce(10, policy_weight=100.0)),
+        "negative rewards kept": ("work-10-all", scarce(10, drop_negative=False)),
+    },
 }
 EXPERIMENTS = dict(row for rows in TABLES.values() for row in rows.values())
 
@@ -165,13 +178,16 @@ COLUMNS = {  # of the tables: a row of evaluation.puzzle_table, and which of its
 # ---------------------------------------------------------------------------------- one experiment
 
 
-def same_settings(path: Path, options: dict) -> bool:
-    """Whether a JSON file is there, of a run with these options; ValueError if it has others."""
+def same_settings(path: Path, options: dict, more: dict | None = None) -> bool:
+    """Whether a JSON file is there, of a run with these options; ValueError if it has others.
+
+    more: what else it has to say, if it says anything about it.
+    """
     if not path.exists():
         return False
     settings, thoughts = map(asdict, train.make_settings(options))
-    given, file = json.loads(json.dumps(settings | thoughts)), read_json(path)
-    found = file.get("settings", {}) | file.get("thoughts", {})
+    given, file = json.loads(json.dumps(settings | thoughts | (more or {}))), read_json(path)
+    found = (more or {}) | file | file.get("settings", {}) | file.get("thoughts", {})
     if other := [f"{name} {found.get(name)}" for name in given if found.get(name) != given[name]]:
         raise ValueError(f"{path} has other settings ({', '.join(other)}); give another --out")
     return True
@@ -192,6 +208,11 @@ class Job(NamedTuple):
         """Those of train.py."""
         return {"seed": self.seed} | EXPERIMENTS[self.name].options
 
+    def more(self) -> dict:
+        """What an experiment is besides."""
+        _, loss, model, begins = EXPERIMENTS[self.name]
+        return {"begins": begins, "loss": loss.__name__, "model": model.__name__}
+
     def before(self) -> "Job | None":
         """The job whose model it continues."""
         begins = EXPERIMENTS[self.name].begins
@@ -205,9 +226,10 @@ class Job(NamedTuple):
 def perform(job: Job) -> Job:
     """Train, evaluate, write the result."""
     began, run, device = time.perf_counter(), job.model().parent, torch.device("cpu")
-    same_settings(run / "settings.json", job.options())
+    same_settings(run / "settings.json", job.options(), job.more())
     settings, thoughts = train.make_settings(job.options())
     train.make_folder(settings, thoughts, run)
+    write_json(run / "settings.json", read_json(run / "settings.json") | job.more())
     nll: dict[str, list[float]] = {}
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # status lines
         if before := job.before():  # on the text of the built-in corpus all the same
@@ -256,8 +278,8 @@ def with_those_before(jobs: list[Job]) -> list[Job]:
 
 def perform_all(jobs: list[Job], workers: int) -> None:
     """Perform what is not finished, in rounds: first what begins from nothing, then what can."""
-    left = [job for job in jobs if not same_settings(job.result(), job.options())]
-    cost = {job: EXPERIMENTS[job.name].tokens() for job in left}  # a base costs what full does
+    left = [job for job in jobs if not same_settings(job.result(), job.options(), job.more())]
+    cost = {job: EXPERIMENTS[job.name].tokens() for job in left}
     began, done, count, total = time.perf_counter(), 0, len(jobs) - len(left), sum(cost.values())
     with get_context("spawn").Pool(workers, start_worker) as pool:
         while left:
@@ -267,7 +289,7 @@ def perform_all(jobs: list[Job], workers: int) -> None:
                 count, done = count + 1, done + cost[job]
                 minutes = (time.perf_counter() - began) * (total / done - 1) / 60
                 state = f"{count}/{len(jobs)}  {job.name}, seed {job.seed}"
-                print(f"{state:40}  {minutes:.0f} min left", flush=True)
+                print(f"{state:40}  about {minutes:.0f} min left", flush=True)
 
 
 def mean_and_spread(numbers: list[float], digits: int) -> str:
@@ -332,7 +354,7 @@ def run(options: argparse.Namespace) -> None:
     results = {}
     for name in EXPERIMENTS:
         jobs = [Job(out, name, seed) for seed in seeds]
-        there = [job for job in jobs if same_settings(job.result(), job.options())]
+        there = [job for job in jobs if same_settings(job.result(), job.options(), job.more())]
         results[name] = [read_json(job.result()) for job in there]
     if not any(results.values()):
         raise ValueError(f"no results in {out}; run without --tables first, or give another --out")

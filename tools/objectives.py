@@ -13,9 +13,9 @@ With the letters of thoughts.py, for each of the N thoughts of a position:
 
     Quiet-STaR         r_n = S_n - mean S, negatives dropped; L_NLL = - mean_n S_n / A
     all advantages     negatives are kept
-    base as baseline   r_n = S_n - b, for any N
+    base as baseline   r_n = S_n - b, for any N, negatives dropped
     log mean           L_NLL = - log mean_n exp(S_n) / A
-    probability        r_n = exp(S_n) - mean exp(S)
+    probability        r_n = exp(S_n) - mean exp(S), negatives dropped
     RLP                r_n = N / (N - 1) (S_n - mean S) alone: no L_base, no L_NLL, w = 0, A = 1
 
 Where a source does more than what stands here, the function says so. Behind the objectives stand
@@ -31,7 +31,16 @@ import torch
 from torch import Tensor, nn
 
 import train
-from thoughts import Output, QuietStar, ThoughtConfig, base_sum, quiet_star_loss, reward
+from thoughts import (
+    Output,
+    QuietStar,
+    ThoughtConfig,
+    base_sum,
+    count_targets,
+    quiet_star_loss,
+    reward,
+    valid_mean,
+)
 
 Loss = tuple[Tensor, dict[str, Tensor]]
 Counts = tuple[int, int] | None
@@ -40,19 +49,32 @@ Counts = tuple[int, int] | None
 # ----------------------------------------------------------------------------------- objectives
 
 
-def valid_mean(x: Tensor, output: Output, counts: Counts) -> Tensor:
-    """Mean of x [B, N or 1, J] over thoughts and valid positions, as quiet_star_loss takes it."""
-    valid = output.valid.all(0)[:, None]  # [B, 1, J]
-    n_valid = counts[1] if counts else valid.sum()
-    return (x * valid).sum() / (x.shape[1] * n_valid)
+def counts_of(output: Output, config: ThoughtConfig, counts: Counts) -> tuple[int, int]:
+    """The given counts of the whole batch, or those of the output as a batch of its own."""
+    return counts or count_targets(output.target_mask, output.positions, config.n_true)
+
+
+def policy_loss(r: Tensor, output: Output, counts: tuple[int, int]) -> Tensor:
+    """L_REINFORCE = mean of - r_n log p(thought n), with advantages r [B, N, J] as constants."""
+    return valid_mean(-r.detach() * output.thought_logp.sum(-1), output, counts)
 
 
 def reinforce(r: Tensor, output: Output, config: ThoughtConfig, counts: Counts) -> Loss:
-    """Quiet-STaR's language losses, and REINFORCE with the advantages r [B, N, J] as they are."""
+    """Quiet-STaR's language losses, and REINFORCE with the advantages r [B, N, J].
+
+    Negative ones are dropped if the config says so, as Quiet-STaR's are.
+    """
+    r = r.clamp(min=0) if config.drop_negative else r
     loss, metrics = quiet_star_loss(output, replace(config, policy_weight=0.0), counts)
-    L_REINFORCE = valid_mean(-r.detach() * output.thought_logp.sum(-1), output, counts)
+    L_REINFORCE = policy_loss(r, output, counts_of(output, config, counts))
     loss = loss + config.reinforce_weight * L_REINFORCE
     return loss, metrics | {"loss": loss.detach(), "policy_loss": L_REINFORCE.detach()}
+
+
+def check_siblings(config: ThoughtConfig) -> None:
+    """ValueError for N = 1, where a thought can be compared with no other."""
+    if config.n_thoughts < 2:
+        raise ValueError("n_thoughts is 1; this objective compares thoughts: at least 2")
 
 
 def all_advantages(output: Output, config: ThoughtConfig, counts: Counts = None) -> Loss:
@@ -67,23 +89,22 @@ def all_advantages(output: Output, config: ThoughtConfig, counts: Counts = None)
 def base_as_baseline(output: Output, config: ThoughtConfig, counts: Counts = None) -> Loss:
     """r_n = S_n - b: the information that a thought gained. Quiet-STaR has it for N = 1 only."""
     b = base_sum(output.base_nll, output.positions, output.valid)  # [B, 1, J]
-    r = -output.talk_nll.sum(0) - b  # [B, N, J]
-    return reinforce(r.clamp(min=0) if config.drop_negative else r, output, config, counts)
+    return reinforce(-output.talk_nll.sum(0) - b, output, config, counts)
 
 
 def log_mean(output: Output, config: ThoughtConfig, counts: Counts = None) -> Loss:
     """L_NLL = - log mean_n exp(S_n) / A: the text's likelihood under a thought drawn at random.
 
     JEPO (arXiv 2503.19618), a tighter bound than - mean_n S_n / A. Ours: its language loss only;
-    there, all N thoughts of a position are reinforced by the log of the mean, too, over that of
-    the others. The metric talk_nll stays - mean_n S_n / A, to be compared.
+    there, a thought's advantage is the log mean of all N minus the log mean of the others. The
+    metric talk_nll stays - mean_n S_n / A, to be compared.
     """
     loss, metrics = quiet_star_loss(output, config, counts)
     S = -output.talk_nll.sum(0)  # [B, N, J]
     together = S.logsumexp(1, keepdim=True) - math.log(S.shape[1])  # [B, 1, J] log mean_n exp(S_n)
     tighter = S.mean(1, keepdim=True) - together  # at most 0 (Jensen)
-    more = valid_mean(tighter / config.n_true, output, counts)
-    loss = loss + (1 - config.base_weight) * more
+    counts = counts_of(output, config, counts)
+    loss = loss + (1 - config.base_weight) * valid_mean(tighter / config.n_true, output, counts)
     return loss, metrics | {"loss": loss.detach()}
 
 
@@ -91,11 +112,13 @@ def probability_reward(output: Output, config: ThoughtConfig, counts: Counts = N
     """r_n = exp(S_n) - mean exp(S), with N > 1: the probability of the next tokens, not its log.
 
     VeriFree (arXiv 2505.21493). From 0.01 to 0.02 is then much less than from 0.4 to 0.8. Ours:
-    the language losses stay Quiet-STaR's; there, log p of the answer is weighted by exp(S_n).
+    the language losses stay Quiet-STaR's, where there log p of the answer is weighted by exp(S_n);
+    and negatives are dropped and the mean is over all N, where there it is over the other N - 1
+    and all advantages are kept.
     """
+    check_siblings(config)
     p = (-output.talk_nll.sum(0)).exp()  # [B, N, J]
-    r = p - p.mean(1, keepdim=True)
-    return reinforce(r.clamp(min=0) if config.drop_negative else r, output, config, counts)
+    return reinforce(p - p.mean(1, keepdim=True), output, config, counts)
 
 
 def rlp(output: Output, config: ThoughtConfig, counts: Counts = None) -> Loss:
@@ -107,9 +130,10 @@ def rlp(output: Output, config: ThoughtConfig, counts: Counts = None) -> Loss:
     of a thought is summed over its tokens, where the paper takes the mean; at a fixed length that
     is a matter of the policy weight.
     """
+    check_siblings(config)
     N = config.n_thoughts
     r = N / (N - 1) * reward(output.talk_nll, output.base_nll, output.positions, output.valid)
-    L_REINFORCE = valid_mean(-r * output.thought_logp.sum(-1), output, counts)
+    L_REINFORCE = policy_loss(r, output, counts_of(output, config, counts))
     loss = config.reinforce_weight * L_REINFORCE
     _, metrics = quiet_star_loss(output, config, counts)
     return loss, metrics | {"loss": loss.detach(), "policy_loss": L_REINFORCE.detach()}
@@ -118,14 +142,15 @@ def rlp(output: Output, config: ThoughtConfig, counts: Counts = None) -> Loss:
 def trained_by(objective: Callable, temperature: float = 1.0) -> Callable:
     """The loss of a batch that train.train takes, of an objective.
 
-    Thoughts are sampled at `temperature`. REINFORCE takes them as if they were sampled at 1, so
-    that another one explores more, or less, and is biased.
+    Thoughts are sampled at `temperature`. Where that is not the reinforce_temperature of the
+    config, at which log p(thought) is taken, the gradient of REINFORCE is biased.
     """
 
     def loss_of(model: QuietStar, ids, targets, positions, counts, generator):
         output = model(ids, None, positions, targets, temperature, generator)
         return objective(output, model.config, counts)
 
+    loss_of.__name__ = f"{objective.__name__} of thoughts at temperature {temperature:g}"
     return loss_of
 
 
@@ -162,7 +187,7 @@ def forced_loss(make: Callable, model: QuietStar, ids, targets, positions, count
 
 
 def begin_at_random(*run) -> QuietStar:
-    """train.thinking_model, but a new one's start and end are random vectors, not the em dash."""
+    """train.thinking_model of a plain model, but start and end begin as random vectors."""
     model = train.thinking_model(*run)
     if model.config.init_id is None:  # it is this run's own, continued
         return model
@@ -172,11 +197,11 @@ def begin_at_random(*run) -> QuietStar:
 def begin_without_mixing(*run) -> QuietStar:
     """train.thinking_model, but w = 0 always: what follows is predicted after the thought alone.
 
-    The mixing head's last layer sums units that are always 1, and is not trained.
+    The mixing head's last layer reads one unit, which is always 1, and is not trained.
     """
     model = train.thinking_model(*run)
     _, _, hidden, _, last = model.mixing_head
     nn.init.zeros_(hidden.weight), nn.init.ones_(hidden.bias)
-    nn.init.constant_(last.weight, 1 / last.in_features)
+    nn.init.zeros_(last.weight).data[:, 0] = 1
     model.mixing_head.requires_grad_(False)
     return model

@@ -10,7 +10,6 @@ Letters as in model.py and thoughts.py; rows = N * J thoughts of a sequence.
 
 import argparse
 import math
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 
 from data import add_settings
 from model import MistralConfig, read_config
-from sample import DTYPES, execute, make_parser, pick_device
+from sample import DTYPES, execute, free_memory, make_parser, pick_device
 from thoughts import ThoughtConfig
 from train import BASE, BUILT_IN, BUILT_IN_THOUGHTS, PRESETS, Settings, make_settings
 
@@ -53,6 +52,7 @@ def parameters(model: MistralConfig) -> tuple[int, int, int]:
     D, V = model.hidden_size, model.vocab_size
     q, kv = (n * model.head_dim for n in (model.num_attention_heads, model.num_key_value_heads))
     layer = 2 * D * q + 2 * D * kv + 3 * D * model.intermediate_size + 2 * D
+    layer += {"qwen2": q + 2 * kv, "qwen3": 2 * model.head_dim}.get(model.model_type, 0)
     layers, head = model.num_hidden_layers * layer, V * D
     mixing = 3 * D * D + 3 * D
     embeddings = 1 if model.tie_word_embeddings else 2
@@ -118,15 +118,6 @@ def show_plan(plan: dict[str, float], available: float | None) -> str:
     parts = ", ".join(f"{name} {size / GIGABYTE:.2f}" for name, size in plan.items())
     has = "" if available is None else f"; the device has {available / GIGABYTE:.2f} free"
     return f"memory plan (GB): {parts}{has}"
-
-
-def free_memory(device: torch.device) -> float | None:
-    """Bytes that are free on the device (on the CPU: that it has); None if it does not say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if device.type == "cpu" and "SC_PHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

@@ -3,9 +3,9 @@
     python -m tools.walk --model runs/1/quiet_star
     python -m tools.walk --model FOLDER --text "The sum of 2 and 3 is 5." --position 9
 
-Thoughts are sampled after one position only (without --position: the one that they help most, of
-the positions with A targets), so that every number of the six steps can be followed. Letters and
-names are those of thoughts.py; what is printed is what its functions return.
+Thoughts are sampled after one position only (without --position: where a greedy thought helps
+most), so that every number of the six steps can be followed. Letters and names are those of
+thoughts.py; what is printed is what its functions return.
 """
 
 import argparse
@@ -78,6 +78,9 @@ def gradients(model: QuietStar, losses: dict[str, Tensor]) -> list[str]:
     lines = [f"{'':14}" + "".join(f"{name:>14}" for name in losses)]
     columns = []
     for loss in losses.values():
+        if not loss.requires_grad:  # REINFORCE with K = 0: nothing was sampled
+            columns.append({})
+            continue
         found = torch.autograd.grad(loss, named.values(), retain_graph=True, allow_unused=True)
         columns.append(dict(zip(named, found, strict=True)))
     for part, prefix in parts.items():
@@ -127,7 +130,8 @@ def walk(model: QuietStar, tokenizer: Tokenizer, ids: Tensor, j: int, seed: int)
         w = "  ".join(f"{weight:.4f}" for weight in output.weight[:, 0, n, 0].tolist())
         lines.append(f"    w {n + 1}                  {w}")
         lines.append(f"    p_talk {n + 1}             {probabilities(talk_nll[:, n])}")
-    lines += ["", "5 reward: R = sum of log p_talk over the A tokens, r = R minus its mean over N"]
+    minus = "its mean over N" if N > 1 else "R without a thought, since N = 1"
+    lines += ["", f"5 reward: R = sum of log p_talk over the A tokens, r = R minus {minus}"]
     r = reward(output.talk_nll, output.base_nll, output.positions, output.valid)[0, :, 0]  # [N]
     lines.append(f"    without a thought    R = {-ahead.sum():.4f}")
     for n in range(N):

@@ -7,6 +7,7 @@ import torch
 from tiny import random_ids, think_slowly, tiny_quiet_star
 
 from model import save_mistral
+from thoughts import save_quiet_star
 from tokenizer import load_tokenizer, save_byte_tokenizer
 from tools import compare
 
@@ -143,3 +144,10 @@ def test_reinforce_has_a_part_in_one_of_the_two(tmp_path, files, monkeypatch):
         for line in map(json.loads, lines):
             assert ("policy_loss" in line) == (run == "thoughts")
             assert ("reward" in line) == (run == "thoughts")
+
+
+def test_a_model_that_thinks_already_can_be_compared(files, tmp_path, monkeypatch):
+    save_quiet_star(tiny_quiet_star(V=258, thought_length=1), tmp_path / "model")
+    monkeypatch.setattr(compare.evaluation, "main", lambda a: print("1 %"))
+    compare.main(arguments(tmp_path, files))
+    assert "before" in (tmp_path / "out" / "report.md").read_text()

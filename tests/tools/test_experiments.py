@@ -15,7 +15,7 @@ import train
 from model import MistralConfig, load_mistral
 from thoughts import load_quiet_star
 from tokenizer import load_tokenizer
-from tools import experiments
+from tools import experiments, objectives
 
 TINY = {"steps": 4, "base_steps": 4, "context": 16, "lr": 1e-3, "save_every": 2}
 
@@ -127,7 +127,64 @@ def test_every_experiment_can_be_trained():
 # ------------------------------------------------------------------------------------- the runs
 
 
-KINDS = ["full", "pause", "random", "none", "init-random"]
+def test_a_curriculum_continues_what_was_learned(tmp_path, small, monkeypatch):
+    """With learning rate 0 the second stage has the weights of the first, and its own K and A."""
+    monkeypatch.setattr(train, "BUILT_IN", TINY | {"lr": 0.0, "mixing_lr": 0.0})
+    experiments.main(["--out", str(tmp_path), "--seeds", "1", "--only", "K12-8"])
+    assert {path.stem for path in (tmp_path / "seed0").glob("*.json")} == {
+        "base",
+        "K12-A4",
+        "K12-8",
+    }
+    one, other = (
+        load_quiet_star(tmp_path / "seed0" / name / "quiet_star") for name in ("K12-A4", "K12-8")
+    )
+    assert (one.config.thought_length, one.config.n_true) == (12, 4)
+    assert (other.config.thought_length, other.config.n_true) == (8, 2)
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+    result = json.loads((tmp_path / "seed0" / "K12-8.json").read_text())
+    assert result["begins"] == "K12-A4"
+
+
+def test_stages_of_a_curriculum_are_run_in_order_and_paid_for():
+    job = experiments.Job(tmp := experiments.Path(), "K12-8-6", 0)
+    names = ["base", "K12-A4", "K12-8", "K12-8-6"]
+    jobs = [experiments.Job(tmp, name, 0) for name in names]
+    assert experiments.with_those_before([job, jobs[1]]) == jobs
+    steps = [12 + 4 + 1, 8 + 2 + 1, 6 + 1 + 1]  # of a thought, against 6 + 2 + 1
+    tokens = sum(64 + 2 * 16 * n for n in steps) / (64 + 2 * 16 * 9)
+    row = experiments.table_row("x", "K12-8-6", [made(1.0)])
+    assert row.startswith(f"| x | 1 | {tokens:.2f} |")
+
+
+def test_the_share_of_asides_that_work_is_that_of_both_stages(tmp_path, small, monkeypatch):
+    seen, make_corpus = [], data.make_corpus
+
+    def watched(seed, lines, explained, work=0.3, held_out=False):
+        seen.append((explained, work))
+        return make_corpus(seed, lines, explained, work, held_out)
+
+    monkeypatch.setattr(data, "make_corpus", watched)
+    experiments.main(["--out", str(tmp_path), "--seeds", "1", "--only", "work-10"])
+    assert seen[:2] == [(train.BASE_EXPLAINED, 0.1), (train.EXPLAINED, 0.1)]
+
+
+@pytest.mark.parametrize("changed", [{"begins": "K4"}, {"loss": objectives.log_mean}])
+def test_results_of_another_start_or_loss_are_not_mixed_in(
+    tmp_path, small, monkeypatch, capsys, changed
+):
+    arguments = ["--out", str(tmp_path), "--seeds", "1", "--only", "full"]
+    experiments.main(arguments)
+    other = experiments.Experiment()._replace(**changed)
+    monkeypatch.setitem(experiments.EXPERIMENTS, "full", other)
+    with pytest.raises(SystemExit) as stopped:
+        experiments.main(arguments)
+    assert stopped.value.code == 2
+    assert f"has other settings ({next(iter(changed))} " in capsys.readouterr().err
+
+
+KINDS = ["full", "none", "init-random", "rlp"]
 
 
 @pytest.mark.parametrize(

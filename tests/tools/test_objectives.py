@@ -14,14 +14,14 @@ from tools import objectives
 
 # B = 2, N = 3: S = -2, -3, -7 and -1, -2, -3 in test_reward; here exp(S) is
 P = torch.tensor([[1 / 2, 1 / 4, 1 / 4], [1 / 8, 1 / 8, 1 / 2]])  # means 1/3 and 1/4
-LOGP = -torch.arange(1.0, 7).view(2, 3, 1, 1)  # log p of the six thoughts
-CONFIG = ThoughtConfig(3, 1, 2, base_weight=0.25, policy_weight=10.0)
+LOGP = -torch.arange(1.0, 7).view(2, 3, 1, 1) * torch.tensor([0.25, 0.75])  # of K = 2 tokens
+CONFIG = ThoughtConfig(3, 2, 2, base_weight=0.25, policy_weight=10.0)
 BASE = 40.75 / 8  # the mean of BASE_NLL
 
 
 def output_of(talk_nll=TALK_NLL, valid=VALID):
     return Output(
-        thought_ids=torch.zeros(2, 3, 1, 1, dtype=torch.long),
+        thought_ids=torch.zeros(2, 3, 1, 2, dtype=torch.long),
         thought_logp=LOGP,
         base_nll=BASE_NLL,
         talk_nll=talk_nll,
@@ -41,6 +41,15 @@ def with_probabilities():
 def language(output):
     """base_weight L_base + (1 - base_weight) L_NLL."""
     return 0.25 * BASE + 0.75 * output.talk_nll.mean().item()
+
+
+ALL = [
+    objectives.all_advantages,
+    objectives.base_as_baseline,
+    objectives.log_mean,
+    objectives.probability_reward,
+    objectives.rlp,
+]
 
 
 @pytest.mark.parametrize(
@@ -73,6 +82,52 @@ def test_negatives_are_kept_if_asked():
     assert metrics["policy_loss"].item() == pytest.approx(policy, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("objective", "output", "r"),
+    [
+        (objectives.all_advantages, output_of(), [[2, 1, -3], [1, 0, -1]]),
+        (objectives.base_as_baseline, output_of(), [[1.5, 0.5, 0], [0.25, 0, 0]]),
+        (objectives.log_mean, output_of(), [[2, 1, 0], [1, 0, 0]]),
+        (objectives.probability_reward, with_probabilities(), [[1 / 6, 0, 0], [0, 0, 1 / 4]]),
+        (objectives.rlp, output_of(), [[3, 1.5, -4.5], [1.5, 0, -1.5]]),
+    ],
+)
+@pytest.mark.parametrize("policy_weight", [10.0, None])
+def test_policy_gradient(objective, output, r, policy_weight):
+    """d loss / d log p of a token = - weight r / 6; without a weight, the authors' 1e6 / K."""
+    logp = LOGP.clone().requires_grad_()
+    config = replace(CONFIG, policy_weight=policy_weight)
+    loss, _ = objective(output._replace(thought_logp=logp), config)
+    loss.backward()
+    expected = -(policy_weight or 5e5) * torch.tensor(r) / 6  # [B, N]
+    assert torch.allclose(logp.grad, expected[..., None, None].expand(2, 3, 1, 2), rtol=1e-4)
+
+
+def test_gradient_of_log_mean():
+    """d L_NLL / d nll of a token = its thought's share of the mean p, over A and 2 positions."""
+    talk = with_probabilities().talk_nll.clone().requires_grad_()
+    loss, _ = objectives.log_mean(output_of(talk), replace(CONFIG, policy_weight=0.0))
+    loss.backward()
+    share = P / P.sum(1, keepdim=True)  # [B, N]
+    assert torch.allclose(talk.grad, (0.75 * share / 2 / 2)[..., None].expand(2, 2, 3, 1))
+
+
+@pytest.mark.parametrize("objective", [objectives.probability_reward, objectives.rlp])
+def test_a_lone_thought_has_no_siblings(objective):
+    with pytest.raises(ValueError, match="n_thoughts is 1"):
+        objective(output_of(), replace(CONFIG, n_thoughts=1))
+
+
+def test_no_valid_position_is_no_loss():
+    """Where no position has all its targets, the rest is 0, not NaN."""
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    mask[:, 3] = False
+    output = output_of(valid=torch.tensor([[[True], [True]], [[False], [False]]]))
+    for objective in ALL:
+        loss, _ = objective(output._replace(target_mask=mask), CONFIG)
+        assert loss.isfinite(), objective
+
+
 def test_log_mean():
     """- (log 1/3 + log 1/4) / 2 over A = 2 tokens; REINFORCE stays Quiet-STaR's."""
     output = with_probabilities()
@@ -91,15 +146,6 @@ def test_rlp():
     policy = 1.5 * (2 + 2 - 9 + 4 - 0 - 6) / 6
     assert metrics["policy_loss"].item() == pytest.approx(policy, rel=1e-5)
     assert loss.item() == pytest.approx(10 * policy, rel=1e-5)
-
-
-ALL = [
-    objectives.all_advantages,
-    objectives.base_as_baseline,
-    objectives.log_mean,
-    objectives.probability_reward,
-    objectives.rlp,
-]
 
 
 @pytest.mark.parametrize("objective", ALL)

@@ -14,8 +14,9 @@ from tools import bench, plan
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_parameters(tied):
-    config = MistralConfig(50, 16, 32, 3, 4, 2, tie_word_embeddings=tied)
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+def test_parameters(tied, family):
+    config = MistralConfig(50, 16, 32, 3, 4, 2, tie_word_embeddings=tied, model_type=family)
     model = QuietStar(Mistral(config), ThoughtConfig(init_id=0))
     assert plan.parameters(config)[2] == sum(p.numel() for p in model.parameters())
 

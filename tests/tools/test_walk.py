@@ -7,7 +7,7 @@ import torch
 from tiny import random_ids, tiny_quiet_star
 
 from model import save_mistral
-from thoughts import quiet_star_loss, save_quiet_star
+from thoughts import quiet_star_loss, reward, save_quiet_star
 from tokenizer import load_tokenizer, save_byte_tokenizer
 from tools import walk
 
@@ -39,14 +39,24 @@ def test_the_numbers_are_those_of_the_step(folder, capsys):
     assert numbers(text, "p_init of these") == [
         pytest.approx((-output.base_nll[0, 2:4]).exp().tolist(), abs=1e-4)
     ]
+    alone = walk.heard_alone(model, ids, output)[:, 0, :, 0]
+    r = reward(output.talk_nll, output.base_nll, output.positions, output.valid)[0, :, 0]
+    [[base]] = numbers(text, "without a thought    R")
+    assert pytest.approx(-output.base_nll[0, 2:4].sum().item(), abs=1e-4) == base
+    p_of_tokens = numbers(text, "p of each token")
     for n in range(3):
         talk, weight = output.talk_nll[:, 0, n, 0], output.weight[:, 0, n, 0]
         assert numbers(text, f"p_talk {n + 1} ") == [
             pytest.approx((-talk).exp().tolist(), abs=1e-4)
         ]
         assert numbers(text, f"w {n + 1} ") == [pytest.approx(weight.tolist(), abs=1e-4)]
-        [[R, _]] = numbers(text, f"thought {n + 1}            R")
-        assert pytest.approx(-talk.sum().item(), abs=1e-4) == R
+        [rewards] = numbers(text, f"thought {n + 1}            R")
+        assert rewards == pytest.approx([-talk.sum().item(), r[n].item()], abs=1e-4)
+        p_thought = pytest.approx((-alone[:, n]).exp().tolist(), abs=1e-4)
+        assert numbers(text, f"p_thought {n + 1} ") == [p_thought]
+        logp = output.thought_logp[0, n, 0]
+        assert p_of_tokens[n] == pytest.approx(logp.exp().tolist(), abs=1e-4)
+        assert f"log p = {logp.sum():.4f}" in text
         spelled = tokenizer.spell(output.thought_ids[0, n, 0].tolist())
         assert f"thought {n + 1}  {spelled!r}" in text
     [losses] = numbers(text, "6 loss:")
@@ -93,6 +103,17 @@ def test_where_gradients_go(folder, capsys):
     assert reached["embed_tokens"] == reached["layers"] == reached["lm_head"] == [True] * 3
     assert reached["start"] == [False, True, True]
     assert reached["end"] == reached["mixing_head"] == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [({"n_thoughts": 1}, "since N = 1"), ({"thought_length": 0}, "mean over N")],
+)
+def test_lone_and_empty_thoughts(tmp_path, capsys, settings, says):
+    save_quiet_star(tiny_quiet_star(V=258, **settings), tmp_path)
+    save_byte_tokenizer(tmp_path)
+    walk.main(["--model", str(tmp_path), "--text", TEXT])
+    assert says in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
