@@ -15,7 +15,13 @@ from tokenizer import load_tokenizer, save_byte_tokenizer
 from tools import prepare
 
 CPU = torch.device("cpu")
-MISTRAL = str(Path(__file__).parents[1] / "fixtures" / "tokenizer.model")
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+MISTRAL = str(FIXTURES / "tokenizer.model")
+TOKENIZERS = [
+    MISTRAL,
+    *map(str, sorted(FIXTURES.glob("tokenizer_json_*"))),
+    str(FIXTURES / "tekken_cut"),
+]
 PROSE = "Two and  two\n\nis four, it's said.\n\t(Or 5?) — naïve 漢字。\n Yes"
 
 
@@ -96,11 +102,9 @@ def test_prepared_text_has_the_batches_of_text_read_directly(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("size", [2, 3, 7, 40])
-@pytest.mark.parametrize("kind", ["bytes", "mistral"])
-def test_a_long_text_is_cut_without_a_trace(tmp_path, monkeypatch, in_place, size, kind):
+@pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=[Path(x).name for x in TOKENIZERS])
+def test_a_long_text_is_cut_without_a_trace(tmp_path, monkeypatch, in_place, size, tokenizer):
     """Into many pieces, read a few bytes at a time, in the middle of characters too."""
-    save_byte_tokenizer(tmp_path)
-    tokenizer = MISTRAL if kind == "mistral" else str(tmp_path / "tokenizer.json")
     monkeypatch.setattr(prepare, "CHUNK", size)
     text = tmp_path / "long.txt"
     text.write_text(PROSE * 3, encoding="utf-8")
