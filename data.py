@@ -24,7 +24,7 @@ import json
 import os
 import re
 import reprlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -42,6 +42,8 @@ ASIDE = MOVES  # characters in an aside: the thought that works has as many toke
 HUM = "m" * ASIDE
 VOCAB = 258  # tokens: the bytes, and two for the em dash (tokenizer.save_byte_tokenizer)
 WORK = 0.3  # share of the asides that work; the others hum
+
+MANIFEST = "manifest.json"  # of a folder of tokens that tools/prepare.py made
 
 
 def is_held_out(moves: Iterable[int]) -> bool:
@@ -91,27 +93,38 @@ def make_corpus(
 
 
 def read_documents(files: Iterable[str | Path]) -> list[str]:
-    """The documents in files: a text file is one, a .jsonl file has one in every line.
+    """The documents in files: a text file is one, a .jsonl or .json file has one in every line.
 
-    A line of JSON has its text under "text", or a "question" and an "answer", joined by a new line
-    (GSM8K's files). ValueError names a file or line that does not fit.
+    ValueError names a file or line that does not fit.
     """
     documents = []
-    for path in map(Path, files):
-        if path.suffix != ".jsonl":
-            documents.append(read_utf8(path))
-            continue
-        for where, record in read_json_lines(path):
-            parts = [record.get(name) for name in ("text", "question", "answer")]
-            parts = parts[:1] if isinstance(parts[0], str) else parts[1:]
-            if not all(isinstance(part, str) for part in parts):
-                raise ValueError(
-                    f'{where} has neither "text" nor "question" and "answer" as strings'
-                )
-            documents.append("\n".join(parts))
+    try:
+        for path in map(Path, files):
+            if path.suffix.lower() in (".gz", ".zst", ".parquet"):
+                raise ValueError(f"{path} is no plain text")
+            if path.suffix.lower() in (".jsonl", ".json"):
+                documents += [text_of(record, where) for where, record in read_json_lines(path)]
+            else:
+                documents.append(read_utf8(path))
+    except ValueError as error:
+        more = "folders, *, .gz, .zst, .parquet and damaged text; nothing reads standard input"
+        raise ValueError(f"{error} (python -m tools.prepare reads {more})") from None
     if not any(documents):
         raise ValueError(f"no text in {', '.join(map(str, files)) or 'no files'}")
     return documents
+
+
+def text_of(record: dict, where: str, field: str | None = None) -> str:
+    """A record's string under `field`; none: under "text", or "question" and "answer", joined.
+
+    (The last two are GSM8K's.) ValueError says where there is no such string.
+    """
+    for names in [[field]] if field else [["text"], ["question", "answer"]]:
+        parts = [record.get(name) for name in names]
+        if all(isinstance(part, str) for part in parts):
+            return "\n".join(parts)
+    wanted = f'no "{field}"' if field else 'neither "text" nor "question" and "answer"'
+    raise ValueError(f"{where} has {wanted} as a string")
 
 
 def read_json_lines(path: str | Path) -> list[tuple[str, dict]]:
@@ -136,9 +149,9 @@ def json_object(text: str, where: str | Path) -> dict:
 
 
 def read_utf8(path: Path) -> str:
-    """The text of a file; ValueError if it cannot be read."""
+    """The text of a file without its byte order mark; ValueError if it cannot be read."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read {path} as UTF-8 text: {error}") from None
 
@@ -147,8 +160,8 @@ def read_utf8(path: Path) -> str:
 class Tokens:
     """Documents as one stream of tokens, cut into sequences of a batch."""
 
-    ids: Tensor  # [tokens] int64
-    is_target: Tensor  # [tokens] bool: False for the first of a document, which nothing foretells
+    ids: Tensor | np.memmap  # [tokens] whole numbers, in memory or on the disk
+    is_target: Tensor | np.memmap  # [tokens] bool: not a document's first, which nothing foretells
 
     def batch(
         self, step: int, batch_size: int, T: int, seed: int, device: torch.device
@@ -161,12 +174,14 @@ class Tokens:
         sequences = len(self.ids) // T
         if not sequences:
             raise ValueError(f"the text has {len(self.ids)} tokens, one sequence needs {T}")
-        rows = []
+        spans = []
         for index in range(step * batch_size, (step + 1) * batch_size):
             epoch, place = divmod(index, sequences)
-            rows.append(self._order(epoch, sequences, seed)[place])
-        spans = torch.tensor(rows)[:, None] * T + torch.arange(T)  # [B, T]
-        return self.ids[spans].to(device), self.is_target[spans].to(device)
+            start = self._order(epoch, sequences, seed)[place] * T
+            spans.append(slice(start, start + T))
+        ids = np.stack([self.ids[span] for span in spans]).astype(np.int64)  # [B, T]
+        is_target = np.stack([self.is_target[span] for span in spans])
+        return torch.from_numpy(ids).to(device), torch.from_numpy(is_target).to(device)
 
     @staticmethod
     @lru_cache(maxsize=2)
@@ -183,8 +198,34 @@ def tokenize(documents: Iterable[str], tokenizer) -> Tokens:
         ids += tokenizer.encode(document, bos=tokenizer.adds_bos)
         ids += [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     is_target = torch.ones(len(ids), dtype=torch.bool)
-    is_target[starts] = False
+    is_target[[start for start in starts if start < len(ids)]] = False  # a text may have no tokens
     return Tokens(torch.tensor(ids, dtype=torch.long), is_target)
+
+
+def read_tokens(files: Sequence[str | Path], tokenizer) -> Tokens:
+    """The tokens of text files, or of a folder from tools/prepare.py, which stay on the disk.
+
+    ValueError for what cannot be read, or was prepared with another tokenizer.
+    """
+    folder = Path(files[0])
+    if len(files) > 1 or not (folder / MANIFEST).is_file():
+        return tokenize(read_documents(files), tokenizer)
+    manifest = read_json(folder / MANIFEST)
+    if manifest.get("tokenizer") != tokenizer.identity():
+        raise ValueError(f"{folder} was not prepared with this checkpoint's tokenizer: do it again")
+    try:
+        kinds = {"tokens": manifest["dtype"], "is_target": "bool"}
+        shape = (manifest["tokens"],)
+        return Tokens(*(np.memmap(folder / f"{x}.bin", kinds[x], "r", shape=shape) for x in kinds))
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise ValueError(f"{folder} is damaged ({error}): prepare it again") from None
+
+
+def version(file: str | Path) -> list[int]:
+    """By what an edited text is known: size and time of the file, or of a folder's manifest."""
+    path = Path(file)
+    status = (path / MANIFEST if path.is_dir() else path).stat()
+    return [status.st_size, status.st_mtime_ns]
 
 
 # ------------------------------------------------------------------------------ files and settings

@@ -16,11 +16,13 @@ authors' prompts (eval_helpers.py; python -m tools.chains lets chains of thought
 
 import argparse
 import copy
+import io
 import json
 import math
 import re
 import sys
 import time
+from contextlib import redirect_stderr
 from dataclasses import replace
 from decimal import Decimal
 from functools import partial
@@ -144,8 +146,8 @@ def puzzle_table(model: Mistral | QuietStar, tokenizer: Tokenizer) -> dict[str, 
 
 
 @torch.no_grad()
-def glance(model: Mistral | QuietStar, tokenizer: Tokenizer) -> tuple[str, bool]:
-    """Something to watch while a model trains on the puzzles, and whether it is trained enough.
+def glance(model: Mistral | QuietStar, tokenizer: Tokenizer) -> tuple[str, bool, dict]:
+    """Something to watch while a model trains on the puzzles, whether it is trained enough, and {}.
 
     A plain model is once it can work but does not: it hums in nearly all its asides, and one begun
     right ends in the right answer. Of a thinking one, answers after greedy thoughts, and a thought.
@@ -159,12 +161,12 @@ def glance(model: Mistral | QuietStar, tokenizer: Tokenizer) -> tuple[str, bool]
         line = (
             f"hums in {100 * hums:3.0f} % of its asides; begun right, {100 * right:3.0f} % end so"
         )
-        return line, hums >= 0.99 and right == 1
+        return line, hums >= 0.99 and right == 1, {}
     prediction = predict_answers(model, puzzles, None)
     asked = tokenizer.decode(puzzles.ids[-1].tolist()).split("\n")[-1]
     thought = tokenizer.spell(prediction.thought_ids[-1].tolist())
     right = 100 * score(prediction.logits, puzzles).right
-    return f"greedy thoughts {right:3.0f} % right; after {asked} it thinks {thought}", False
+    return f"greedy thoughts {right:3.0f} % right; after {asked} it thinks {thought}", False, {}
 
 
 def show_puzzles(tables: dict[str, dict[str, Score]]) -> str:
@@ -204,6 +206,18 @@ def text_nll(
     if not sum(map(len, base)):
         raise ValueError(f"a text of {len(ids)} tokens has nothing to predict in it")
     return torch.cat(base), torch.cat(talk)
+
+
+def glance_at_text(model: QuietStar, ids: Tensor, is_target: Tensor) -> tuple[str, bool, dict]:
+    """The same for a model that trains on text: metrics of held-out sequences ids, targets [n, T].
+
+    They draw no random numbers, so the training goes on as without them.
+    """
+    with redirect_stderr(io.StringIO()):  # the status line is the training's
+        nlls = text_nll(model, ids.flatten(), is_target.flatten(), ids.shape[1])
+    init_nll, talk_nll = (nll.mean().item() for nll in nlls)
+    line = f"held-out text: nll {init_nll:.4f} without thoughts, {talk_nll:.4f} with"
+    return line, False, {"eval_init_nll": init_nll, "eval_talk_nll": talk_nll}
 
 
 def show_text(base: Tensor, talk: Tensor, by: Tensor | None = None, bins: int = 5) -> str:

@@ -22,6 +22,7 @@ anything, SentencePiece and tekken begin with bos, a tokenizer.json does not.
 
 import base64
 import codecs
+import hashlib
 import json
 import math
 import re
@@ -139,6 +140,7 @@ class Tokenizer:
     """
 
     decode_errors = "replace"
+    sha256 = ""  # of the file that it was read from
     nfc = False  # whether text is normalised to Unicode's form C
     adds_bos = False  # whether text begins with bos_id
     bos_id: int | None = None
@@ -217,6 +219,10 @@ class Tokenizer:
         """
         pieces = (self._bytes_of.get(token) or f"⟨{token}⟩".encode() for token in ids)
         return b"".join(pieces).decode("utf-8", "backslashreplace")
+
+    def identity(self) -> list:
+        """Equal for tokenizers of the same file that begin and end a text alike."""
+        return [self.sha256, self.adds_bos, self.bos_id, self.eos_id]
 
     def token_id(self, piece: str) -> int:
         """Id of the one ordinary token that is exactly this text; ValueError if there is none."""
@@ -566,11 +572,13 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     is_tekken = path.name.startswith("tekken")
     read = _read_json if path.suffix == ".json" else _read_sentencepiece
     try:
-        return _read_tekken(path) if is_tekken else read(path)
+        tokenizer = _read_tekken(path) if is_tekken else read(path)
     except ValueError as error:
         raise ValueError(f"cannot read {path}: {error}") from error
     except (LookupError, TypeError, AttributeError, ArithmeticError, struct.error) as error:
         raise ValueError(f"cannot read {path}: unexpected contents ({error!r})") from error
+    tokenizer.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    return tokenizer
 
 
 def save_byte_tokenizer(folder: str | Path) -> None:

@@ -75,7 +75,7 @@ class Settings:
     """What a run does. The defaults are the paper's, for Mistral 7B."""
 
     checkpoint: str | None = None  # folder of a pretrained model; none: the built-in corpus
-    data: tuple[str, ...] = ()  # text files, or .jsonl with "text" or "question" and "answer"
+    data: tuple[str, ...] = ()  # text, .jsonl ("text", or "question" and "answer"), or one folder
     seed: int = 0  # of weights, batches and thoughts
     steps: int = 100  # optimiser steps of Quiet-STaR
     batch_size: int = 8  # sequences per optimiser step of Quiet-STaR
@@ -89,7 +89,10 @@ class Settings:
     weight_decay: float = 1e-3  # of AdamW
     clip: float = 1.0  # largest norm of the gradient
     save_every: int = 50  # steps between checkpoints
-    keep: int = 0  # checkpoints of earlier steps to keep beside the last one
+    keep: int = 0  # models of earlier checkpoints to keep beside the last one
+    eval_data: str | None = None  # held-out text, a file or a folder like data; none: no such loss
+    eval_every: int = 50  # steps between two looks at its loss
+    eval_sequences: int = 16  # at most, of context tokens each: the same ones at every look
     plain: bool = False  # leave out fast/: slower, with the same results
     dtype: str = "float32"  # of weights and activations: float32 or bfloat16 (fast/)
     masters: bool = True  # keep float32 copies of bfloat16 weights; else round at random (fast/)
@@ -102,6 +105,7 @@ class Settings:
         check_at_least(self, steps=1, batch_size=1, micro_batch=1, positions=1, context=2, seed=0)
         check_at_least(self, warmup=0, save_every=1, lr=0, mixing_lr=0, weight_decay=0, clip=1e-9)
         check_at_least(self, cooldown=0, base_steps=0, work=0, keep=0)
+        check_at_least(self, eval_every=1, eval_sequences=1)
         for name in ("cooldown", "work"):
             if getattr(self, name) > 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be between 0 and 1")
@@ -182,13 +186,15 @@ def train(model, loss_of, optimizer, tokens, settings, n_true: int, folder: Path
 
     loss_of(model, ids, targets, positions, counts, generator) -> loss, metrics: thought_loss, or
     whatever else is to be learned (tools/experiments.py has more). glance(model) -> a line to watch
-    every few steps, and whether the model is trained enough: then this ends, before all steps.
+    every few steps, whether the model is trained enough (this ends then, before all steps), and
+    metrics of held-out text.
     """
     device, B, T = next(model.parameters()).device, settings.batch_size, settings.context
     generator = torch.Generator().manual_seed(settings.seed)
     start = restore(optimizer, generator, folder)
     if start > settings.steps:
         raise ValueError(f"{folder} has {start} steps already; give at least that many --steps")
+    every = settings.eval_every if settings.eval_data else GLANCE[folder.name]
     clock = began = time.perf_counter()
     for step in range(start, settings.steps):
         rising = (step + 1) / max(settings.warmup, 1)
@@ -209,12 +215,13 @@ def train(model, loss_of, optimizer, tokens, settings, n_true: int, folder: Path
         metrics["tokens_per_second"], clock = B * T / (now - clock), now
         metrics["lr"] = optimizer.param_groups[0]["lr"]
         left = (now - began) / (step + 1 - start) * (settings.steps - step - 1)
-        log(folder, step + 1, settings.steps, metrics, left)
-        done = step + 1 == settings.steps
-        if glance and (step + 1) % GLANCE[folder.name] == 0:
-            line, enough = glance(model)
+        look = glance and (step + 1) % every == 0
+        line, enough, seen = glance(model) if look else ("", False, {})
+        log(folder, step + 1, settings.steps, metrics | seen, left)
+        if look:
             show_status(f"    {line}", step + 1, settings.steps, sys.stdout, keep=True)
-            done = done or enough
+            clock = time.perf_counter()  # looking is no training
+        done = enough or step + 1 == settings.steps
         stopped = STOP.is_set() and not done
         if done or stopped or (step + 1) % settings.save_every == 0:
             reached = settings.steps if done else step + 1
@@ -338,8 +345,10 @@ def make_folder(settings: Settings, thoughts: ThoughtConfig, run: Path) -> None:
             save_byte_tokenizer(new)
         else:
             copy_tokenizer(Path(settings.checkpoint), new)
-        values = {"settings": asdict(settings), "thoughts": asdict(thoughts)}
-        write_json(new / "settings.json", values)
+        files = [*settings.data, *filter(None, [settings.eval_data])]
+        texts = {file: data.version(file) for file in files}  # by which --resume sees a change
+        saved = {"settings": asdict(settings), "thoughts": asdict(thoughts), "texts": texts}
+        write_json(new / "settings.json", saved)
         os.replace(new, run)  # all at once; fails where another run was quicker
     finally:
         shutil.rmtree(new, ignore_errors=True)
@@ -409,11 +418,18 @@ def train_thoughts(
     """Train Quiet-STaR in a run's folder, or what another loss or model makes of it."""
     source = Path(settings.checkpoint or run / "base")
     read_config(source)  # what cannot be read fails before the folder is made
-    documents = data.read_documents(settings.data) if settings.data else None
-    corpus = settings.seed + 1, CORPUS_LINES, EXPLAINED, settings.work
-    documents = documents or [data.make_corpus(*corpus)]
-    tokens = data.tokenize(documents, load_tokenizer(source))
+    tokenizer = load_tokenizer(source)
+    if settings.data:
+        tokens = data.read_tokens(settings.data, tokenizer)
+    else:
+        text = data.make_corpus(settings.seed + 1, CORPUS_LINES, EXPLAINED, settings.work)
+        tokens = data.tokenize([text], tokenizer)
     tokens.batch(0, 1, settings.context, settings.seed, torch.device("cpu"))  # long enough?
+    if settings.eval_data:
+        held_out, T = data.read_tokens([settings.eval_data], tokenizer), settings.context
+        count = max(1, min(settings.eval_sequences, len(held_out.ids) // T))
+        ids, is_target = held_out.batch(0, count, T, 0, device)  # [count, T], drawn from all
+        glance = partial(evaluation.glance_at_text, ids=ids, is_target=is_target)
     model = model_of(settings, thoughts, run, device)
     optimizer = make_optimizer(model, settings)
     make_folder(settings, thoughts, run)
@@ -442,6 +458,8 @@ def make_settings(given: dict) -> tuple[Settings, ThoughtConfig]:
             raise ValueError(f"{checkpoint} is no model of the built-in corpus: give it --data")
     if not built_in:
         options["data"] = tuple(str(Path(file).resolve()) for file in options["data"])
+    if options.get("eval_data"):
+        options["eval_data"] = str(Path(options["eval_data"]).resolve())
     settings = Settings(**(BUILT_IN if built_in else {}) | options)
     defaults = asdict(thinks) if thinks else BUILT_IN_THOUGHTS if built_in else {}
     thoughts = ThoughtConfig(**defaults | thought_options)
@@ -456,6 +474,9 @@ def make_settings(given: dict) -> tuple[Settings, ThoughtConfig]:
     heard = {"base_steps": checkpoint is None, "work": built_in}
     for name in [name for name in heard if name in options and not heard[name]]:
         raise ValueError(f"{name} is of the built-in corpus, which is not used here; leave it out")
+    needs = {"eval_data": "data", "eval_every": "eval_data", "eval_sequences": "eval_data"}
+    for name in [name for name in needs if name in options and needs[name] not in options]:
+        raise ValueError(f"{name} means nothing without {needs[name]}")
     return settings, thoughts
 
 
@@ -479,12 +500,16 @@ def start_run(given: dict) -> tuple[Settings, ThoughtConfig, Path]:
     saved = {"settings": {}, "thoughts": {}} | read_json(path)
     try:
         saved["settings"] |= {"data": tuple(saved["settings"].get("data", ()))} | given
-    except (TypeError, AttributeError) as error:
+        texts = dict(saved.get("texts", {}))
+    except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: {error}") from None
+    for file, was in texts.items():
+        if data.version(file) != was:
+            raise ValueError(f"{file} has changed since {run} began; begin another run, on it")
     thoughts = settings_from(ThoughtConfig, saved["thoughts"], path)
     settings = settings_from(Settings, saved["settings"], path)
     if given:
-        write_json(path, {"settings": asdict(settings), "thoughts": asdict(thoughts)})
+        write_json(path, saved)
     return settings, thoughts, run
 
 

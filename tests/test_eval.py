@@ -60,8 +60,8 @@ def test_an_aside_begun_right_begins_with_the_first_letter(folder, monkeypatch):
 def test_glance(folder):
     """A share of a third of the puzzles, and the greedy thought about the last of them."""
     model, tokenizer = load_quiet_star(folder), load_tokenizer(folder)
-    line, enough = evaluation.glance(model, tokenizer)
-    assert not enough
+    line, enough, metrics = evaluation.glance(model, tokenizer)
+    assert (enough, metrics) == (False, {})
     puzzles = evaluation.held_out_puzzles(tokenizer, torch.device("cpu"), repeats=1)
     last = puzzles._replace(ids=puzzles.ids[-1:])
     prediction = evaluation.predict_answers(model, last, None)
@@ -82,7 +82,7 @@ def test_a_base_model_is_trained_enough_when_it_hums_and_can_work(
     monkeypatch.setattr(evaluation, "score", lambda *_: evaluation.Score(right, 0.0))
     share = "100" if hum == "m" else "  0"
     line = f"hums in {share} % of its asides; begun right, {100 * right:3.0f} % end so"
-    assert evaluation.glance(model, tokenizer) == (line, enough)
+    assert evaluation.glance(model, tokenizer) == (line, enough, {})
 
 
 def test_score_by_hand():

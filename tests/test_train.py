@@ -30,7 +30,7 @@ def small(monkeypatch):
     monkeypatch.setattr(train, "BASE", MistralConfig(258, 16, 32, 1, 2, 1))
     monkeypatch.setitem(train.BASE_SETTINGS, "batch_size", 4)
     monkeypatch.setattr(train.evaluation, "puzzle_table", lambda model, tokenizer: {})
-    monkeypatch.setattr(train.evaluation, "glance", lambda model, tokenizer: ("seen", False))
+    monkeypatch.setattr(train.evaluation, "glance", lambda model, tokenizer: ("seen", False, {}))
 
 
 def run(out, options="", small=SMALL):
@@ -250,6 +250,110 @@ def test_a_vocabulary_without_the_em_dash(tmp_path, checkpoint):
     assert load_tokenizer(tmp_path / "out" / "quiet_star").vocab_size == 278
 
 
+@pytest.fixture
+def prepared(tmp_path, checkpoint):
+    """The same text as a folder of tokens, in the form that tools/prepare.py gives it."""
+    folder, tokenizer = tmp_path / "prepared", load_tokenizer(tmp_path / "pretrained")
+    tokens = train.data.tokenize([(tmp_path / "text.txt").read_text()], tokenizer)
+    folder.mkdir()
+    tokens.ids.numpy().astype("uint16").tofile(folder / "tokens.bin")
+    tokens.is_target.numpy().tofile(folder / "is_target.bin")
+    about = {"tokens": len(tokens.ids), "dtype": "uint16", "tokenizer": tokenizer.identity()}
+    train.write_json(folder / "manifest.json", about)
+    return folder
+
+
+FEW = " --steps 4 --context 16 --positions 6 --thought-length 2 --save-every 2 --lr 1e-3"
+
+
+def test_prepared_text_is_trained_on_like_the_text_itself(tmp_path, checkpoint, prepared):
+    run(tmp_path / "text", checkpoint + FEW, small="")
+    run(tmp_path / "tokens", checkpoint.replace("text.txt", "prepared") + FEW, small="")
+    assert losses(tmp_path / "text") == losses(tmp_path / "tokens")
+
+
+@pytest.mark.parametrize("edited", ["text.txt", "held_out.txt", "prepared/manifest.json"])
+def test_a_run_is_not_resumed_on_edited_text(tmp_path, checkpoint, prepared, capsys, edited):
+    (tmp_path / "held_out.txt").write_text("One and one is two. " * 20)
+    options = checkpoint.replace("text.txt", "prepared") if "/" in edited else checkpoint
+    options += f" --eval-data {tmp_path / 'held_out.txt'}"
+    run(tmp_path / "out", options + FEW, small="")
+    with (tmp_path / edited).open("a") as file:
+        file.write("\n")
+    resume = ["--out", str(tmp_path / "out"), "--resume", "--device", "cpu"]
+    with pytest.raises(SystemExit) as stopped:
+        train.main(resume)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert f"{(tmp_path / edited).parent if '/' in edited else tmp_path / edited} has" in error
+    assert error.count("\n") == 1
+
+
+def held_out(lines):
+    """(step, nll without and with thoughts) of the lines that have it; taken out of them."""
+    names = "eval_init_nll", "eval_talk_nll"
+    there = {key: line for key, line in lines.items() if names[0] in line}
+    return [(key[1], *(line.pop(name) for name in names)) for key, line in there.items()]
+
+
+@pytest.mark.parametrize("kind", ["text.txt", "prepared"])
+def test_looks_at_held_out_text_leave_the_training_as_it_is(
+    tmp_path, monkeypatch, checkpoint, prepared, kind
+):
+    """Every loss is the same with them, without them, and in a run that was killed and resumed."""
+    run(tmp_path / "without", checkpoint + FEW, small="")
+    options = f"{checkpoint}{FEW} --eval-data {tmp_path / kind} --eval-every 2 --eval-sequences 3"
+    run(tmp_path / "with", options, small="")
+    log = train.log
+
+    def log_or_die(folder, step, *rest):
+        log(folder, step, *rest)
+        if step == 4:
+            raise KilledError
+
+    monkeypatch.setattr(train, "log", log_or_die)
+    with pytest.raises(KilledError):
+        run(tmp_path / "killed", options, small="")
+    monkeypatch.setattr(train, "log", log)
+    train.main(["--out", str(tmp_path / "killed"), "--resume", "--device", "cpu"])
+    without, whole, killed = (losses(tmp_path / name) for name in ("without", "with", "killed"))
+    seen = held_out(whole)
+    assert [step for step, _, _ in seen] == [2, 4]
+    assert seen == held_out(killed)
+    assert without == whole == killed
+
+    model, tokenizer = (f(tmp_path / "with/quiet_star") for f in (load_quiet_star, load_tokenizer))
+    tokens = train.data.read_tokens([tmp_path / kind], tokenizer)
+    ids, mask = tokens.batch(0, 3, 16, 0, torch.device("cpu"))
+    assert not torch.equal(ids[0], ids[1])
+    nlls = train.evaluation.text_nll(model, ids.flatten(), mask.flatten(), 16)
+    assert seen[-1][1:] == pytest.approx([nll.mean().item() for nll in nlls], rel=1e-5)
+    assert seen[-1][1] != seen[-1][2]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--eval-every 2", "eval_every means nothing without eval_data"),
+        ("--eval-sequences 2", "eval_sequences means nothing without eval_data"),
+        ("--eval-data text.txt --eval-every 0", "eval_every is 0; it must be at least 1"),
+        ("--eval-data nowhere", "cannot read"),
+        ("--data folder", "python -m tools.prepare reads folders"),
+        ("--data a.zst", "a.zst is no plain text"),
+    ],
+)
+def test_text_that_cannot_be_used(tmp_path, monkeypatch, checkpoint, capsys, options, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path / "out", checkpoint + FEW + " " + options, small="")
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 @FAST
 @pytest.mark.parametrize("options", ["--masters", "--no-masters", "--checkpointing"])
 def test_bfloat16_trains_and_resumes(tmp_path, checkpoint, options):
@@ -335,6 +439,7 @@ def test_runs_get_their_own_folders(tmp_path, monkeypatch):
         ("--work 1.5", "work is 1.5; it must be between 0 and 1"),
         ("--cooldown 10", "cooldown is 10.0; it must be between 0 and 1"),
         ("--data text", "--data needs --checkpoint"),
+        ("--eval-data text", "eval_data means nothing without data"),
         ("--checkpoint nowhere --data text", "base_steps is of the built-in corpus"),
         ("--resume --seed 1", "leave out"),
         ("--dtype float16", "dtype is float16; it must be float32 or bfloat16"),
@@ -391,7 +496,7 @@ def test_a_base_model_that_can_work_is_trained_no_longer(tmp_path, monkeypatch, 
     looks = iter([False, True])
 
     def glance(model, tokenizer):
-        return "seen", isinstance(model, Mistral) and next(looks)
+        return "seen", isinstance(model, Mistral) and next(looks), {}
 
     monkeypatch.setattr(train.evaluation, "glance", glance)
     monkeypatch.setattr(train, "GLANCE", {"base": 2, "quiet_star": 2})

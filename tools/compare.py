@@ -170,9 +170,10 @@ def prepare(options: argparse.Namespace, out: Path) -> tuple[dict, data.Tokens]:
     out.mkdir(parents=True, exist_ok=True)
     for path, documents in ((out / "train.jsonl", known), (out / "held_out.jsonl", held_out)):
         text = "".join(json.dumps({"text": document}) + "\n" for document in documents)
-        if path.exists() and data.read_utf8(path) != text:
+        if not path.exists():
+            write_text(path, text)
+        elif data.read_utf8(path) != text:
             raise ValueError(f"{path} is of other --data than {options.data}; give another --out")
-        write_text(path, text)
     return training, tokens
 
 

@@ -24,16 +24,24 @@ def write(folder, *lines, end="\n"):
 def test_only_the_steps_of_quiet_star_are_read(tmp_path):
     metrics = read_metrics(write(tmp_path, BASE, step(1), step(2, reward=-0.5)))
     assert metrics == {
-        "step": [1.0, 2.0],
-        "init_nll": [2.0, 2.0],
-        "talk_nll": [1.5, 1.5],
-        "reward": [0.25, -0.5],
-        "weight": [0.75, 0.75],
+        "init_nll": [(1, 2.0), (2, 2.0)],
+        "talk_nll": [(1, 1.5), (2, 1.5)],
+        "eval_init_nll": [],
+        "eval_talk_nll": [],
+        "reward": [(1, 0.25), (2, -0.5)],
+        "weight": [(1, 0.75), (2, 0.75)],
     }
 
 
+def test_held_out_text_has_points_of_its_own(tmp_path):
+    looked = step(2, eval_init_nll=2.5, eval_talk_nll=2.25)
+    metrics = read_metrics(write(tmp_path, step(1), looked, step(3)))
+    assert (metrics["eval_init_nll"], metrics["eval_talk_nll"]) == ([(2, 2.5)], [(2, 2.25)])
+    assert len(metrics["talk_nll"]) == 3
+
+
 def test_a_line_that_is_being_written_is_left_out(tmp_path):
-    assert read_metrics(write(tmp_path, step(1), step(2)[:30], end=""))["step"] == [1.0]
+    assert read_metrics(write(tmp_path, step(1), step(2)[:30], end=""))["reward"] == [(1, 0.25)]
 
 
 @pytest.mark.parametrize(
@@ -75,5 +83,6 @@ def test_without_matplotlib_it_says_how_to_get_it(tmp_path, capsys, monkeypatch)
 
 def test_curves_are_drawn(tmp_path):
     pytest.importorskip("matplotlib")
-    plot.main([str(write(tmp_path, step(1), step(2))), "--out", str(tmp_path / "curves.png")])
+    steps = step(1), step(2, eval_init_nll=2.5, eval_talk_nll=2.25), step(3)
+    plot.main([str(write(tmp_path, *steps)), "--out", str(tmp_path / "curves.png")])
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
