@@ -4,6 +4,7 @@
     python train.py --checkpoint FOLDER --data FILE ...    a pretrained model, text of your own
     python train.py --checkpoint runs/1/quiet_star         a model that thinks already, trained on
     python train.py --out FOLDER --resume                  continue a run that was stopped
+    torchrun --nproc-per-node 8 train.py ...               the same on eight GPUs
 
 Without --checkpoint a small base model is trained first, on puzzles that mostly explain themselves,
 then Quiet-STaR on puzzles that mostly do not (data.py), and the run ends with a table of what the
@@ -57,8 +58,13 @@ from thoughts import (
 )
 from tokenizer import load_tokenizer, save_byte_tokenizer
 
+SEVERAL = int(os.environ.get("WORLD_SIZE", 1)) > 1  # whether torchrun started several processes
+parallel = None
 try:
     from fast import apply as apply_fast  # the same results for less: see fast/README.md
+
+    if SEVERAL:
+        from fast import parallel
 except ImportError:
     apply_fast = None
 
@@ -177,6 +183,9 @@ def train(model, loss_of, optimizer, tokens, settings, n_true: int, folder: Path
     """
     device, B, T = next(model.parameters()).device, settings.batch_size, settings.context
     generator = torch.Generator().manual_seed(settings.seed)
+    gradient, write, keep = batch_gradient, log, save
+    if parallel:  # the same, of this process' share of a batch and part of the weights
+        gradient, write, keep = parallel.join(model, optimizer, batch_gradient, log, save)
     start = restore(optimizer, generator, folder)
     clock = began = time.perf_counter()
     for step in range(start, settings.steps):
@@ -186,7 +195,7 @@ def train(model, loss_of, optimizer, tokens, settings, n_true: int, folder: Path
             group["lr"] = group["peak_lr"] * min(1.0, rising, falling)
         ids, targets = tokens.batch(step, B, T, settings.seed, device)  # [B, T]
         optimizer.zero_grad()
-        metrics = batch_gradient(model, loss_of, ids, targets, settings, n_true, generator)
+        metrics = gradient(model, loss_of, ids, targets, settings, n_true, generator)
         metrics["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), settings.clip).item()
         if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
             raise ValueError(
@@ -198,14 +207,14 @@ def train(model, loss_of, optimizer, tokens, settings, n_true: int, folder: Path
         metrics["tokens_per_second"], clock = B * T / (now - clock), now
         metrics["lr"] = optimizer.param_groups[0]["lr"]
         left = (now - began) / (step + 1 - start) * (settings.steps - step - 1)
-        log(folder, step + 1, settings.steps, metrics, left)
+        write(folder, step + 1, settings.steps, metrics, left)
         done = step + 1 == settings.steps
         if glance and (step + 1) % GLANCE[folder.name] == 0:
             line, enough = glance(model)
             show_status(f"    {line}", step + 1, settings.steps, sys.stdout, keep=True)
             done = done or enough
         if done or (step + 1) % settings.save_every == 0:
-            save(model, optimizer, generator, settings.steps if done else step + 1, folder)
+            keep(model, optimizer, generator, settings.steps if done else step + 1, folder)
         if done:
             return
 
@@ -298,7 +307,7 @@ def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimize
 
 def make_folder(settings: Settings, thoughts: ThoughtConfig, run: Path) -> None:
     """The run's folder, with the tokenizer and what --resume needs to know in it."""
-    if (run / "settings.json").exists():
+    if (run / "settings.json").exists() or (parallel and parallel.RANK):
         return
     run.mkdir(parents=True, exist_ok=True)
     if settings.checkpoint is None:
@@ -424,8 +433,13 @@ def start_run(given: dict) -> tuple[Settings, ThoughtConfig, Path]:
 def run(options: argparse.Namespace) -> None:
     """Train what the options ask for; on the built-in corpus, end with the table."""
     given = dict(vars(options))
-    device = pick_device(given.pop("device"))
+    device = given.pop("device")
     settings, thoughts, folder = start_run(given)
+    if parallel:
+        parallel.start(settings, device, first=partial(recover, folder / "quiet_star"))
+    elif SEVERAL:
+        raise ValueError("several processes (torchrun) need fast/")
+    device = pick_device(device)
     path = "plain" if settings.plain or apply_fast is None else "fast"
     print(f"run {folder} on {device}, {torch.get_num_threads()} threads, {path} path")
     tables, glance = {}, None
@@ -455,7 +469,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--device", help="cpu, cuda, mps; none: the best there is")
     add_settings(parser, Settings, BUILT_IN)
     add_settings(parser, ThoughtConfig, BUILT_IN_THOUGHTS)
-    execute(parser, run, arguments)
+    execute(parser, parallel.together(run) if parallel else run, arguments)
 
 
 if __name__ == "__main__":
