@@ -4,6 +4,7 @@
     python train.py --checkpoint FOLDER --data FILE ...    a pretrained model, text of your own
     python train.py --checkpoint runs/1/quiet_star         a model that thinks already, trained on
     python train.py --out FOLDER --resume                  continue a run that was stopped
+    torchrun --nproc-per-node 8 train.py ...               the same on eight GPUs
 
 Without --checkpoint a small base model is trained first, on puzzles that mostly explain themselves,
 then Quiet-STaR on puzzles that mostly do not (data.py), and the run ends with a table of what the
@@ -23,10 +24,10 @@ import sys
 import threading
 import time
 from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import IO
 
 try:
     import fcntl
@@ -64,8 +65,13 @@ from thoughts import (
 )
 from tokenizer import load_tokenizer, save_byte_tokenizer
 
+SEVERAL = int(os.environ.get("WORLD_SIZE", 1)) > 1  # whether torchrun started several processes
+parallel = None
 try:
     from fast import apply as apply_fast  # the same results for less: see fast/README.md
+
+    if SEVERAL:
+        from fast import parallel
 except ImportError:
     apply_fast = None
 
@@ -191,6 +197,9 @@ def train(model, loss_of, optimizer, tokens, settings, n_true: int, folder: Path
     """
     device, B, T = next(model.parameters()).device, settings.batch_size, settings.context
     generator = torch.Generator().manual_seed(settings.seed)
+    gradient, write, store = batch_gradient, log, save
+    if parallel:  # the same, of this process' share of a batch and part of the weights
+        gradient, write, store = parallel.join(model, optimizer, batch_gradient, log, save)
     start = restore(optimizer, generator, folder)
     if start > settings.steps:
         raise ValueError(f"{folder} has {start} steps already; give at least that many --steps")
@@ -203,7 +212,7 @@ def train(model, loss_of, optimizer, tokens, settings, n_true: int, folder: Path
             group["lr"] = group["peak_lr"] * min(1.0, rising, falling)
         ids, targets = tokens.batch(step, B, T, settings.seed, device)  # [B, T]
         optimizer.zero_grad()
-        metrics = batch_gradient(model, loss_of, ids, targets, settings, n_true, generator)
+        metrics = gradient(model, loss_of, ids, targets, settings, n_true, generator)
         metrics["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), settings.clip).item()
         if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
             raise ValueError(
@@ -217,7 +226,7 @@ def train(model, loss_of, optimizer, tokens, settings, n_true: int, folder: Path
         left = (now - began) / (step + 1 - start) * (settings.steps - step - 1)
         look = glance and (step + 1) % every == 0
         line, enough, seen = glance(model) if look else ("", False, {})
-        log(folder, step + 1, settings.steps, metrics | seen, left)
+        write(folder, step + 1, settings.steps, metrics | seen, left)
         if look:
             show_status(f"    {line}", step + 1, settings.steps, sys.stdout, keep=True)
             clock = time.perf_counter()  # looking is no training
@@ -225,7 +234,7 @@ def train(model, loss_of, optimizer, tokens, settings, n_true: int, folder: Path
         stopped = STOP.is_set() and not done
         if done or stopped or (step + 1) % settings.save_every == 0:
             reached = settings.steps if done else step + 1
-            save(model, optimizer, generator, reached, folder, settings.keep)
+            store(model, optimizer, generator, reached, folder, settings.keep)
         if stopped:
             raise KeyboardInterrupt(
                 f" and saved; python train.py --out {folder.parent} --resume goes on"
@@ -336,7 +345,7 @@ def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimize
 
 def make_folder(settings: Settings, thoughts: ThoughtConfig, run: Path) -> None:
     """The run's folder, with the tokenizer and what --resume needs to know in it."""
-    if (run / "settings.json").exists():
+    if (run / "settings.json").exists() or (parallel and parallel.RANK):
         return
     new = run.with_name(f"{run.name}.{os.getpid()}.tmp")
     new.mkdir(parents=True)
@@ -354,14 +363,16 @@ def make_folder(settings: Settings, thoughts: ThoughtConfig, run: Path) -> None:
         shutil.rmtree(new, ignore_errors=True)
 
 
-def hold(run: Path) -> IO:
-    """A lock on a run's folder while the file is open; ValueError if another process has it."""
+def hold(run: Path) -> AbstractContextManager:
+    """A lock on a run's folder while the file is open; ValueError if another run has it."""
+    if parallel and parallel.RANK:
+        return nullcontext()
     file = (run / "lock").open("a")
     if fcntl:  # there is none on Windows
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ValueError(f"{run} is in use by another process; give another --out") from None
+            raise ValueError(f"{run} is in use by another run; give another --out") from None
     return file
 
 
@@ -516,10 +527,16 @@ def start_run(given: dict) -> tuple[Settings, ThoughtConfig, Path]:
 def run(options: argparse.Namespace) -> None:
     """Train what the options ask for; on the built-in corpus, end with the table."""
     given = dict(vars(options))
-    device = pick_device(given.pop("device"))
+    device = given.pop("device")
     settings, thoughts, folder = start_run(given)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop_soon)
+    if parallel:
+        parallel.start(settings, device, first=partial(recover, folder / "quiet_star"))
+    elif SEVERAL:
+        raise ValueError("several processes (torchrun) need fast/")
+    else:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, stop_soon)
+    device = pick_device(device)
     path = "plain" if settings.plain or apply_fast is None else "fast"
     print(f"run {folder} on {device}, {torch.get_num_threads()} threads, {path} path")
     tables, glance = {}, None
@@ -549,7 +566,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--device", help="cpu, cuda, mps; none: the best there is")
     add_settings(parser, Settings, BUILT_IN)
     add_settings(parser, ThoughtConfig, BUILT_IN_THOUGHTS)
-    execute(parser, run, arguments)
+    execute(parser, parallel.together(run) if parallel else run, arguments)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The same results for less time and memory. README.md beside this file has a row for each trick.
 
 A reader of the paper need not open this folder, and everything works without it: train.py enters it
-by one guarded call of `apply`, and `train.py --plain` leaves it out.
+by one guarded call of `apply`, and `train.py --plain` leaves it out. (parallel.py, for several
+GPUs, has a door of its own: torchrun.)
 """
 
 from functools import partial

@@ -10,6 +10,8 @@ those updates are lost. Two remedies, both here:
                            result is rounded up or down at random, so that its mean is right
 """
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,8 @@ def round_stochastically(target: Tensor, source: Tensor, generator: torch.Genera
     bfloat16 is the upper half of a float32: a random number below one unit of that half is added
     to the bits, and the lower half is cut off. Numbers that bfloat16 has are kept.
     """
+    if hasattr(source, "to_local"):  # this process' part of it: parallel.py
+        target, source = target.to_local(), source.to_local()
     bits = source.contiguous().view(torch.int32)
     noise = torch.empty_like(bits).random_(1 << 16, generator=generator)
     target.copy_(((bits + noise) & -(1 << 16)).view(torch.float32))
@@ -67,8 +71,9 @@ class BFloat16AdamW(torch.optim.Optimizer):
             state["exp_avg"], state["exp_avg_sq"] = mean, square
             parameter.copy_(weight)
             return
-        # Seeded by the step: a resumed run rounds as the uninterrupted one did.
-        generator = torch.Generator(parameter.device).manual_seed(state["step"])
+        # Seeded by step and process: a resumed run rounds as the uninterrupted one did.
+        seed = (int(os.environ.get("RANK", 0)) << 20) + state["step"]  # 32 bits count on a CPU
+        generator = torch.Generator(parameter.device).manual_seed(seed)
         round_stochastically(state["exp_avg"], mean, generator)
         round_stochastically(state["exp_avg_sq"], square, generator)
         round_stochastically(parameter, weight, generator)

@@ -141,7 +141,7 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path, capsys):
     with train.hold(tmp_path), pytest.raises(SystemExit) as stopped:
         train.main(["--out", str(tmp_path), "--resume", "--device", "cpu"])
     assert stopped.value.code == 2
-    assert f"{tmp_path} is in use by another process" in capsys.readouterr().err
+    assert f"{tmp_path} is in use by another run" in capsys.readouterr().err
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
     train.main(["--out", str(tmp_path), "--resume", "--device", "cpu"])  # it is free again
 

@@ -88,6 +88,19 @@ def test_masters_are_torchs_adamw():
     assert (optimizers[0].state[ours]["master"] - theirs.detach()).abs().max() < 1e-6
 
 
+def test_processes_round_differently(monkeypatch):
+    """Each of several has a part of a weight, which must not be rounded like the others' parts."""
+    weights = []
+    for rank in "001":
+        monkeypatch.setenv("RANK", rank)
+        weight = torch.nn.Parameter(torch.ones(1000, dtype=torch.bfloat16))
+        weight.grad = torch.ones_like(weight)
+        BFloat16AdamW([weight], masters=False, weight_decay=0.0).step()
+        weights.append(weight.detach())
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
 @pytest.mark.parametrize("masters", [True, False])
 def test_state_survives_saving(masters):
     weight = torch.nn.Parameter(torch.ones(100, dtype=torch.bfloat16))
