@@ -4,15 +4,8 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-FLOORS = [
-    "data tokenizer",
-    "formats",
-    "model",
-    "thoughts",
-    "sample",
-    "eval",
-    "train",
-]  # leaves first
+# Leaves first; fast/ stands between thoughts and sample, tools/ above all.
+FLOORS = "data tokenizer, formats, model, thoughts, sample, eval runs, train".split(", ")
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 
 

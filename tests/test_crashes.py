@@ -12,6 +12,7 @@ import torch
 from test_train import SMALL, losses, run, same_weights, small  # noqa: F401  (a fixture)
 
 import data
+import runs
 import sample
 import train
 from thoughts import load_quiet_star
@@ -103,7 +104,7 @@ def test_a_stopped_run_saves_its_step_and_says_how_to_go_on(tmp_path, monkeypatc
             signal.signal(one, handler)
     assert stopped.value.code == 130
     assert f"--out {tmp_path / 'out'} --resume" in capsys.readouterr().err
-    state = torch.load(tmp_path / "out" / "quiet_star" / train.STATE, weights_only=True)
+    state = torch.load(tmp_path / "out" / "quiet_star" / runs.STATE, weights_only=True)
     assert state["step"] == 3
     monkeypatch.setattr(train, "log", log)
     train.main(["--out", str(tmp_path / "out"), "--resume", "--device", "cpu"])
@@ -177,7 +178,7 @@ def test_models_of_earlier_steps_are_kept_if_asked(tmp_path):
     same_weights(tmp_path / "quiet_star", tmp_path / "quiet_star-5")
     other = load_quiet_star(tmp_path / "quiet_star-3").model.lm_head.weight
     assert not torch.equal(other, load_quiet_star(tmp_path / "quiet_star").model.lm_head.weight)
-    assert not (tmp_path / "quiet_star-3" / train.STATE).exists()
+    assert not (tmp_path / "quiet_star-3" / runs.STATE).exists()
 
 
 @pytest.mark.parametrize(
@@ -194,7 +195,7 @@ def test_models_of_earlier_steps_are_kept_if_asked(tmp_path):
 )
 def test_a_state_that_is_none_is_refused(tmp_path, capsys, change):
     run(tmp_path, "--steps 2")
-    path = tmp_path / "quiet_star" / train.STATE
+    path = tmp_path / "quiet_star" / runs.STATE
     torch.save(torch.load(path, weights_only=True) | change, path)
     before = (tmp_path / "metrics.jsonl").read_bytes()
     with pytest.raises(SystemExit) as stopped:

@@ -20,6 +20,7 @@ if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("torch was built without gloo", allow_module_level=True)
 
 import fast
+import runs
 import train
 from model import Mistral, save_mistral
 from thoughts import QuietStar, load_quiet_star, quiet_star_loss
@@ -162,8 +163,7 @@ def test_a_run_goes_on_with_another_number_of_processes(folder, name):
     for a, b in zip(weights.parameters(), whole.parameters(), strict=True):
         assert (a - b).abs().max() < 1e-4  # a tenth of one step of Adam, which divides noise by it
     states = [
-        torch.load(folder / x / "quiet_star" / train.STATE, weights_only=True)
-        for x in (name, "one")
+        torch.load(folder / x / "quiet_star" / runs.STATE, weights_only=True) for x in (name, "one")
     ]
     assert states[0]["optimizer"]["param_groups"] == states[1]["optimizer"]["param_groups"]
     assert torch.equal(states[0]["generator"], states[1]["generator"])
@@ -172,7 +172,7 @@ def test_a_run_goes_on_with_another_number_of_processes(folder, name):
 @pytest.mark.parametrize("name", ["masters", "no-masters"])
 def test_bfloat16_trains_and_goes_on_alone(folder, name):
     """Killed after step 3 of 4, as above; the weights moved, also by steps below their grid."""
-    state = torch.load(folder / name / "quiet_star" / train.STATE, weights_only=True)
+    state = torch.load(folder / name / "quiet_star" / runs.STATE, weights_only=True)
     moments = [values["exp_avg"] for values in state["optimizer"]["state"].values()]
     dtype = torch.float32 if name == "masters" else torch.bfloat16
     assert {moment.dtype for moment in moments} == {dtype}
