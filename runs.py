@@ -139,10 +139,11 @@ def recover(folder: Path) -> bool:
     return folder.exists()
 
 
-def restore(optimizer, generator: torch.Generator, folder: Path) -> int:
+def restore(optimizer, generator: torch.Generator, folder: Path, steps: int) -> int:
     """Give optimiser and generator the state of a checkpoint; return its step, 0 without one.
 
-    Metrics of later steps, which will be run again, are cut off.
+    Metrics of later steps, which will be run again, are cut off. ValueError if the state is damaged
+    or beyond `steps`.
     """
     if not recover(folder):
         if not recover(folder.parent / "base"):
@@ -156,7 +157,10 @@ def restore(optimizer, generator: torch.Generator, folder: Path) -> int:
         generator.set_state(state["generator"])
         with (folder.parent / "metrics.jsonl").open("ab") as file:
             file.truncate(min(state["metrics_bytes"], file.tell()))
-        return state["step"]
+        start = state["step"]
     except Exception as error:  # of whatever torch.load and load_state_dict stumble on
         reason = (str(error) or repr(error)).splitlines()[0]
         raise ValueError(f"cannot continue from {folder}: {reason}; delete it") from None
+    if start > steps:
+        raise ValueError(f"{folder} has {start} steps already; give at least that many --steps")
+    return start

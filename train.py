@@ -188,9 +188,7 @@ def train(model, loss_of, optimizer, tokens, settings, n_true: int, folder: Path
     gradient, write, store = batch_gradient, log, save
     if parallel:  # the same, of this process' share of a batch and part of the weights
         gradient, write, store = parallel.join(model, optimizer, batch_gradient, log, save)
-    start = restore(optimizer, generator, folder)
-    if start > settings.steps:
-        raise ValueError(f"{folder} has {start} steps already; give at least that many --steps")
+    start = restore(optimizer, generator, folder, settings.steps)
     every = settings.eval_every if settings.eval_data else GLANCE[folder.name]
     clock = began = time.perf_counter()
     for step in range(start, settings.steps):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 # Leaves first; fast/ stands between thoughts and sample, tools/ above all.
-FLOORS = "data tokenizer, formats, model, thoughts, sample, eval runs, train".split(", ")
+FLOORS = ["data tokenizer", "formats", "model", "thoughts", "sample", "eval runs", "train"]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 
 
