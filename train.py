@@ -297,6 +297,7 @@ def train_thoughts(
     read_config(source)  # what cannot be read fails before the folder is made
     tokenizer = load_tokenizer(source)
     if settings.data:
+        print(f"reading {', '.join(settings.data)}", flush=True)
         tokens = data.read_tokens(settings.data, tokenizer)
     else:
         text = data.make_corpus(settings.seed + 1, CORPUS_LINES, EXPLAINED, settings.work)
