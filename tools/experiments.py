@@ -75,6 +75,7 @@ def objective(function: Callable, model: Callable = train.thinking_model, **opti
 BASE, FULL = ("base", Experiment(begins=None)), ("full", Experiment())
 PAUSE = "pause", Experiment(loss=objectives.pause_loss)
 ALL_ADVANTAGES = "all-advantages", objective(objectives.all_advantages)
+RLP = objective(objectives.rlp, objectives.begin_without_mixing, n_true=1)
 HOT = objectives.trained_by(quiet_star_loss, temperature=2.0)
 BASE_BASELINE = "base-baseline", objective(objectives.base_as_baseline)
 
@@ -102,13 +103,10 @@ TABLES: dict[str, dict[str, tuple[str, Experiment]]] = {  # title: {row: (name, 
         "base as baseline": BASE_BASELINE,
         "log mean": ("log-mean", objective(objectives.log_mean)),
         "probability as reward": ("probability", objective(objectives.probability_reward)),
-        "RLP": (
-            "rlp",
-            Experiment(
-                {"n_true": 1},
-                objectives.trained_by(objectives.rlp),
-                objectives.begin_without_mixing,
-            ),
+        "RLP": ("rlp", RLP),
+        "RLP, a tenth of the learning rate": (
+            "rlp-slow",
+            RLP._replace(options=RLP.options | {"lr": 2e-5}),
         ),
         "pause tokens": PAUSE,
     },
