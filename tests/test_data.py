@@ -1,6 +1,7 @@
 """The built-in corpus, and text of one's own as batches."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -100,6 +101,21 @@ def test_missing_and_binary_files(tmp_path):
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="as UTF-8"):
         data.read_documents([tmp_path / "binary.txt"])
+
+
+def test_an_edited_text_has_another_version(tmp_path):
+    """Another size at the same time, or another time at the same size."""
+    file = tmp_path / "text.txt"
+    file.write_text("one")
+    os.utime(file, ns=(10**18, 10**18))
+    before = data.version(file)
+    assert before == [3, 10**18]
+    file.write_text("three")
+    os.utime(file, ns=(10**18, 10**18))
+    assert data.version(file) != before
+    file.write_text("two")
+    os.utime(file, ns=(10**18, 10**18 + 10**9))
+    assert data.version(file) != before
 
 
 def test_text_shorter_than_a_sequence():

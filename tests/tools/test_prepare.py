@@ -70,6 +70,7 @@ def same_tokens(folder, documents, tokenizer=MISTRAL):
     direct, prepared = data.tokenize(documents, tokenizer), data.read_tokens([folder], tokenizer)
     assert torch.equal(direct.ids, torch.from_numpy(prepared.ids.astype(np.int64)))
     assert torch.equal(direct.is_target, torch.from_numpy(np.array(prepared.is_target)))
+    assert not prepared.ids.flags.writeable
     for step in (0, 7):
         for one, other in zip(
             direct.batch(step, 2, 2, 3, CPU), prepared.batch(step, 2, 2, 3, CPU), strict=True
