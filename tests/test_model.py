@@ -328,6 +328,7 @@ LLAMA3 = {
         ({"rms_norm_eps": 0}, "rms_norm_eps is 0"),
         ({"rms_norm_eps": math.nan}, "rms_norm_eps is nan"),
         ({"rope_theta": -1.0}, "rope_theta is -1.0"),
+        ({"rope_theta": True}, "rope_theta is True; it must be float"),
         ({"rope_theta": math.inf}, "rope_theta is inf"),
         ({"rope_theta": 10**400}, "rope_theta is 1"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'; it must be bool"),

@@ -485,6 +485,7 @@ def test_runs_get_their_own_folders(tmp_path, monkeypatch):
         ("--n-thoughts 0", "n_thoughts is 0; it must be at least 1"),
         ("--base-weight 2", "base_weight is 2.0; it must be between 0 and 1"),
         ("--lr -1", "lr is -1.0; it must be at least 0"),
+        ("--lr nan", "lr is nan; it must be at least 0"),
         ("--seed -1", "seed is -1; it must be at least 0"),
         ("--context 1", "context is 1; it must be at least 2"),
         ("--clip 0", "clip is 0.0; it must be at least"),
