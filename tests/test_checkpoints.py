@@ -31,8 +31,12 @@ def test_round_trip(tmp_path):
     again = load_quiet_star(tmp_path)
     assert again.config == model.config
     same_output(again, model, random_ids(2, 8, 21))
+    half = load_quiet_star(tmp_path, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
     plain = load_mistral(tmp_path)
     assert torch.equal(plain(random_ids(1, 5)), model.model(random_ids(1, 5)))
+    own = load_file(tmp_path / "quiet_star.safetensors")
+    assert not [name for name in own if name.startswith("model.")]  # nothing is there twice
     names = {file.name for file in tmp_path.iterdir()}
     assert names == {
         "config.json", "model.safetensors", "quiet_star.json", "quiet_star.safetensors"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -111,6 +112,18 @@ def test_a_stopped_run_saves_its_step_and_says_how_to_go_on(tmp_path, monkeypatc
     assert losses(tmp_path / "out") == losses(tmp_path / "whole")
 
 
+def test_a_second_ctrl_c_ends_a_run_at_once():
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        runs.stop_soon(signal.SIGINT, None)
+        assert runs.STOP.is_set()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        runs.STOP.clear()
+        signal.signal(signal.SIGINT, before)
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, capsys):
     """Writing the second checkpoint of Quiet-STaR fails: one line, nothing half written."""
     run(tmp_path / "whole")
@@ -136,8 +149,11 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, capsys):
     assert losses(tmp_path / "out") == losses(tmp_path / "whole")
 
 
-def test_a_second_run_in_the_same_folder_is_refused(tmp_path, capsys):
+@pytest.mark.parametrize("stage", ["base", "quiet_star"])
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path, capsys, stage):
     run(tmp_path)
+    if stage == "base":
+        shutil.rmtree(tmp_path / "quiet_star")
     before = (tmp_path / "metrics.jsonl").read_bytes()
     with train.hold(tmp_path), pytest.raises(SystemExit) as stopped:
         train.main(["--out", str(tmp_path), "--resume", "--device", "cpu"])
@@ -145,6 +161,17 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path, capsys):
     assert f"{tmp_path} is in use by another run" in capsys.readouterr().err
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
     train.main(["--out", str(tmp_path), "--resume", "--device", "cpu"])  # it is free again
+
+
+def test_what_a_lost_line_leaves_in_the_metrics(tmp_path):
+    """Lines that are lost are not made up when a run goes on."""
+    run(tmp_path)
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-2]))
+    train.main(["--out", str(tmp_path), "--resume", "--steps", "6", "--device", "cpu"])
+    assert path.read_text().startswith("".join(lines[:-2]))
+    assert [step for stage, step in losses(tmp_path) if stage == "quiet_star"] == [1, 2, 5, 6]
 
 
 def test_of_two_runs_that_begin_together_one_gets_the_folder(tmp_path):
@@ -172,13 +199,19 @@ def test_a_finished_run_is_given_more_steps(tmp_path, capsys):
 
 
 def test_models_of_earlier_steps_are_kept_if_asked(tmp_path):
-    run(tmp_path, "--steps 5 --save-every 1 --keep 2")
-    names = sorted(path.name for path in tmp_path.glob("quiet_star*"))
-    assert names == ["quiet_star", "quiet_star-3", "quiet_star-4", "quiet_star-5"]
-    same_weights(tmp_path / "quiet_star", tmp_path / "quiet_star-5")
-    other = load_quiet_star(tmp_path / "quiet_star-3").model.lm_head.weight
+    """The last two of 3, 6, 9 beside 12; and again where a run takes these steps again."""
+    run(tmp_path, "--steps 12 --save-every 3 --keep 2")
+    kept = {"quiet_star", "quiet_star-6", "quiet_star-9", "quiet_star-12"}
+    assert {path.name for path in tmp_path.glob("quiet_star*")} == kept
+    same_weights(tmp_path / "quiet_star", tmp_path / "quiet_star-12")
+    other = load_quiet_star(tmp_path / "quiet_star-6").model.lm_head.weight
     assert not torch.equal(other, load_quiet_star(tmp_path / "quiet_star").model.lm_head.weight)
-    assert not (tmp_path / "quiet_star-3" / runs.STATE).exists()
+    assert not (tmp_path / "quiet_star-6" / runs.STATE).exists()
+    one, same = (tmp_path / name / "model.safetensors" for name in ("quiet_star", "quiet_star-12"))
+    assert one.samefile(same)  # it takes no space
+    shutil.rmtree(tmp_path / "quiet_star")
+    train.main(["--out", str(tmp_path), "--resume", "--device", "cpu"])
+    assert {path.name for path in tmp_path.glob("quiet_star*")} == kept
 
 
 @pytest.mark.parametrize(
@@ -188,15 +221,20 @@ def test_models_of_earlier_steps_are_kept_if_asked(tmp_path):
         {"step": -1},
         {"step": "2"},
         {"optimizer": {"state": {}, "param_groups": []}},
+        {"optimizer": {"state": {}}},
         {"optimizer": None},
         {"generator": torch.zeros(3)},
         {"metrics_bytes": None},
+        {"more": Path("code that a pickle could run")},
     ],
 )
 def test_a_state_that_is_none_is_refused(tmp_path, capsys, change):
     run(tmp_path, "--steps 2")
     path = tmp_path / "quiet_star" / runs.STATE
-    torch.save(torch.load(path, weights_only=True) | change, path)
+    state = torch.load(path, weights_only=True)
+    if change.get("optimizer"):
+        change = {"optimizer": state["optimizer"] | change["optimizer"]}
+    torch.save(state | change, path)
     before = (tmp_path / "metrics.jsonl").read_bytes()
     with pytest.raises(SystemExit) as stopped:
         train.main(["--out", str(tmp_path), "--resume", "--steps", "4", "--device", "cpu"])
@@ -252,6 +290,43 @@ def test_status_lines_fit_the_terminal(monkeypatch):
     lines = terminal.text.split("\r")[1:]
     assert [len(line) for line in lines] == [39, 39]
     assert "\n" not in terminal.text
+
+
+def test_a_log_has_a_line_every_tenth(monkeypatch):
+    """And those that are to stay; on a terminal only these end their line."""
+    monkeypatch.setattr(sample, "shown", [1000.0])
+    monkeypatch.setattr(sample.time, "monotonic", lambda: 1001.0)
+    for tty, expected in ((False, "10 20 25 30 40 50 60 70 80 90 99"), (True, "25 99")):
+        file = Terminal(tty)
+        for step in range(1, 100):
+            sample.show_status(str(step), step, 99 if tty else 100, file, keep=step in (25, 99))
+        lines = file.text.split("\n")[:-1]
+        assert [line.split("\r")[-1].strip() for line in lines] == expected.split()
+    for total, expected in ((3, "1 2 3"), (10, "1 2 3 4 5 6 7 8 9 10")):
+        file = Terminal(False)
+        for step in range(1, total + 1):
+            sample.show_status(str(step), step, total, file)
+        assert file.text.split() == expected.split()
+
+
+def test_the_line_of_a_step(tmp_path, monkeypatch, capsys):
+    """Step 10 of 100 is a tenth, step 11 is not."""
+    monkeypatch.setattr(sample, "shown", [1000.0])
+    monkeypatch.setattr(sample.time, "monotonic", lambda: 1001.0)
+    metrics = {"loss": 1.5, "tokens_per_second": 70.0}
+    more = {"init_nll": 2.0, "talk_nll": 1.0, "reward": 0.25}
+    runs.log(tmp_path / "quiet_star", 10, 100, metrics | more, 9.0)
+    line = (
+        "quiet_star 10/100  loss 1.5000  nll 2.000 -> 1.000  reward +0.2500  70 tokens/s  9 s left"
+    )
+    assert capsys.readouterr().out == line + "\n"
+    runs.log(tmp_path / "base", 11, 100, metrics, 9.0)
+    assert capsys.readouterr().out == ""
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert list(map(json.loads, lines)) == [
+        {"stage": "quiet_star", "step": 10, **metrics, **more},
+        {"stage": "base", "step": 11, **metrics},
+    ]
 
 
 def test_a_log_has_a_line_a_minute_at_least(monkeypatch):

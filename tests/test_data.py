@@ -1,6 +1,8 @@
 """The built-in corpus, and text of one's own as batches."""
 
 import json
+import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -46,18 +48,24 @@ def test_corpus():
     assert abs(work / (work + hum) - 0.3) < 0.06
     assert lines == data.make_corpus(3, 4000, 0.4).splitlines()
     assert lines != data.make_corpus(4, 4000, 0.4).splitlines()
+    other = data.make_corpus(3, 400, 1.0, work=1.0, held_out=True)
+    assert "m" not in other
+    assert {line.split("=")[0] for line in other.splitlines()} <= held_out
 
 
 def test_puzzles_are_split_without_overlap():
     train, test = data.all_puzzles(False), data.all_puzzles(True)
     assert len(np.unique(np.concatenate([train, test]), axis=0)) == 3**6
     assert len(test) == 146
+    for moves, held_out in (("000000", 1), ("000001", 0), ("000012", 1), ("000120", 1)):
+        assert data.is_held_out(moves) == held_out  # 0, 1, 5 and 15 in the ternary system
     assert np.bincount(test.sum(1) % 3).min() > 40  # every answer is about as frequent
 
 
 def test_batches_are_a_function_of_the_step():
-    tokens = data.Tokens(torch.arange(1000), torch.ones(1000, dtype=torch.bool))
+    tokens = data.Tokens(torch.arange(1000), torch.arange(1000) % 7 != 0)
     batches = [tokens.batch(step, 5, 50, seed=1, device=CPU)[0] for step in range(8)]
+    assert torch.equal(tokens.batch(3, 5, 50, seed=1, device=CPU)[1], batches[3] % 7 != 0)
     assert torch.equal(batches[3], tokens.batch(3, 5, 50, seed=1, device=CPU)[0])
     first_epoch = torch.cat(batches[:4])[:, 0].sort().values
     assert first_epoch.tolist() == list(range(0, 1000, 50))  # every sequence once
@@ -76,6 +84,16 @@ def test_documents(tmp_path, tokenizer):
     tokens = data.tokenize(documents, tokenizer)
     assert tokenizer.decode(tokens.ids.tolist()) == "".join(documents)
     assert (~tokens.is_target).nonzero().flatten().tolist() == [0, 10, 13, 26]
+
+
+def test_a_document_stands_between_bos_and_eos():
+    """If its model has them; the first token is no target, the last one is."""
+    tokenizer = SimpleNamespace(
+        encode=lambda text, bos: [1] * bos + [*text.encode()], adds_bos=True, eos_id=2
+    )
+    tokens = data.tokenize(["ab", "", "c"], tokenizer)
+    assert tokens.ids.tolist() == [1, 97, 98, 2, 1, 99, 2]
+    assert tokens.is_target.int().tolist() == [0, 1, 1, 1, 0, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -100,6 +118,21 @@ def test_missing_and_binary_files(tmp_path):
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="as UTF-8"):
         data.read_documents([tmp_path / "binary.txt"])
+
+
+def test_an_edited_text_has_another_version(tmp_path):
+    """Another size at the same time, or another time at the same size."""
+    file = tmp_path / "text.txt"
+    file.write_text("one")
+    os.utime(file, ns=(10**18, 10**18))
+    before = data.version(file)
+    assert before == [3, 10**18]
+    file.write_text("three")
+    os.utime(file, ns=(10**18, 10**18))
+    assert data.version(file) != before
+    file.write_text("two")
+    os.utime(file, ns=(10**18, 10**18 + 10**9))
+    assert data.version(file) != before
 
 
 def test_text_shorter_than_a_sequence():

@@ -45,6 +45,8 @@ def test_valid_says_which_targets_exist():
     assert output.valid[:, 0].int().tolist() == expected
     assert not output.talk_nll[~output.valid[:, :, None].expand_as(output.talk_nll)].any()
     assert output.base_nll[0, 3] == 0
+    _, metrics = quiet_star_loss(output, model.config)  # of position 0, the only one with all three
+    assert abs(metrics["init_nll"] - output.base_nll[0, :3].mean()) < 1e-6
 
 
 def test_default_positions_have_all_targets():

@@ -77,6 +77,8 @@ def test_probability_zero_is_never_drawn():
     largest = 1 - 2.0**-24
     drawn = sample_tokens(logits, torch.tensor([0.0, 0.5, largest]))
     assert drawn.tolist() == [1, 3, 3]
+    for V in range(2, 200):  # probabilities whose sum may round to less than 1
+        assert sample_tokens(torch.zeros(1, V), torch.tensor([largest])).tolist() == [V - 1]
 
 
 def test_forced_pause_tokens_are_finite():

@@ -24,6 +24,7 @@ def test_untrained_quiet_star_is_the_base_model():
     _, metrics = quiet_star_loss(output, model.config)
     assert metrics["reward"].abs() < 1e-6
     assert metrics["weight"] == 1
+    assert not any(value.requires_grad for value in metrics.values())
 
 
 def test_hidden_mixing_is_log_probability_mixing():

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import random_ids, tiny_mistral
 
+from formats import read_weights
 from model import (
     KVCache,
     Mistral,
@@ -95,8 +96,9 @@ def test_stretched_rotary_positions_by_hand():
     assert (frequency - torch.tensor([1, 1 / 8, 1 / 3 + 2 / 3 / 8])).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("window", [None, 5, 10])
 def test_cached_equals_uncached(window):
+    """Also where the text is one token longer than the window: its first is seen no more."""
     model, ids = tiny_mistral(window=window), random_ids(2, 11)
     cache = KVCache(model.config)
     parts = [model(part, cache) for part in ids.split([4, 1, 3, 1, 1, 1], dim=1)]
@@ -136,12 +138,32 @@ def test_window_is_exactly_w_keys_with_self(window, cached):
         assert moved == (back < window), f"{back} back with window {window}"
 
 
-def test_dtype_and_allocation(tmp_path):
-    model = load_mistral(FIXTURES / "mistral_tiny_d", dtype=torch.bfloat16)
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_dtype_and_allocation(tmp_path, dtype):
+    model = load_mistral(FIXTURES / "mistral_tiny_d", dtype=dtype)
+    assert {p.dtype for p in model.parameters()} == {dtype}
     assert model.lm_head.weight is model.embed_tokens.weight
     save_mistral(model, tmp_path)
-    assert {p.dtype for p in load_mistral(tmp_path).parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in load_mistral(tmp_path).parameters()} == {dtype}
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["torch_dtype"] == str(dtype).removeprefix("torch.")  # for other tools
+
+
+def test_weights_that_were_read_are_used_up():
+    """So that no second copy of a model stays in memory while it is converted."""
+    folder = FIXTURES / "mistral_tiny_d"
+    weights = read_weights(folder, 3, read_config(folder).head_dim)
+    assert weights
+    load_mistral(folder, weights=weights)
+    assert not weights
+
+
+def test_random_weights_fit_the_width():
+    """Standard deviation 1 / sqrt(64): 64,000 numbers have it to within 0.3 % (one sigma)."""
+    torch.manual_seed(0)
+    model = Mistral(MistralConfig(1000, 64, 64, 1, 2, 1))
+    assert abs(8 * model.embed_tokens.weight.std() - 1) < 0.02
+    assert abs(8 * model.lm_head.weight.std() - 1) < 0.02
 
 
 # ------------------------------------------------------------------------------ bad checkpoints
@@ -256,17 +278,28 @@ LLAMA3 = {
         ({"mlp_bias": True}, "mlp_bias is True"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
+        ({"attention_logit_softcapping": 50.0}, "attention_logit_softcapping is 50.0"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
         ({"num_experts": 8}, "num_experts is 8"),
+        ({"num_local_experts": 8}, "num_local_experts is 8"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling is {'type': 'linear'}"),
         ({"rope_scaling": YARN}, "rope_scaling is .*yarn"),
         ({"rope_parameters": {"rope_theta": 1e4} | YARN}, "rope_scaling is .*yarn"),
         ({"rope_parameters": {"rope_type": "default"}, "rope_scaling": YARN}, "rope_scaling is"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "full_attention is"),
+        ({"rope_parameters": {"sliding_attention": {"rope_theta": 1e4}}}, "sliding_attention is"),
+        ({"rope_scaling": {"mrope_section": [16, 24, 24]}}, "mrope_section is"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
         ({"rope_scaling": "llama3"}, "rope_scaling is 'llama3'"),
         ({"rope_scaling": LLAMA3 | {"factor": "8"}}, "factor is '8'; it must be float"),
         ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "high_freq_factor is 1.0"),
+        ({"rope_scaling": LLAMA3 | {"low_freq_factor": -1.0}}, "low_freq_factor is -1.0"),
+        ({"rope_scaling": LLAMA3 | {"factor": 0.5}}, "factor is 0.5; it must be at least 1"),
+        (
+            {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 0}},
+            "original_max_position_embeddings is 0",
+        ),
         ({"rope_scaling": {"rope_type": "llama3"}}, "missing 4 required"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is"),
         ({"layer_types": ["chunked_attention"] * 2}, "layer_types is 'chunked_attention'"),
@@ -281,6 +314,7 @@ LLAMA3 = {
         ),
         ({"num_key_value_heads": 3}, "4 heads are no multiple of 3"),
         ({"head_dim": 7}, "7 is odd"),
+        ({"head_dim": 2**40}, "head_dim is 1099511627776; allowed are 1 to 1048576"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0"),
         ({"hidden_size": -32}, "hidden_size is -32"),
         ({"hidden_size": "32"}, "hidden_size is '32'; it must be int"),
@@ -294,6 +328,7 @@ LLAMA3 = {
         ({"rms_norm_eps": 0}, "rms_norm_eps is 0"),
         ({"rms_norm_eps": math.nan}, "rms_norm_eps is nan"),
         ({"rope_theta": -1.0}, "rope_theta is -1.0"),
+        ({"rope_theta": True}, "rope_theta is True; it must be float"),
         ({"rope_theta": math.inf}, "rope_theta is inf"),
         ({"rope_theta": 10**400}, "rope_theta is 1"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'; it must be bool"),
@@ -345,6 +380,7 @@ def test_what_a_config_leaves_out_is_as_in_transformers(broken):
     config = json.loads((broken / "config.json").read_text())
     for name in ("rms_norm_eps", "rope_theta", "num_key_value_heads", "tie_word_embeddings"):
         config.pop(name, None)
+    config.pop("hidden_act")  # silu
     (broken / "config.json").write_text(json.dumps(config))
     read = read_config(broken)
     assert (read.rms_norm_eps, read.rope_theta, read.tie_word_embeddings) == (1e-6, 1e4, False)
@@ -388,7 +424,7 @@ def test_rope_as_newer_tools_write_it(tmp_path):
     }
     (folder / "config.json").write_text(json.dumps(config))
     assert read_config(folder) == before
-    config["rope_parameters"] = {"rope_theta": 3e5, "rope_type": "default"}
+    config |= {"rope_parameters": {"rope_theta": 3e5, "rope_type": "default"}, "rope_theta": 1e4}
     (folder / "config.json").write_text(json.dumps(config))
     assert read_config(folder) == replace(before, rope_theta=3e5, rope_scaling=None)
 
@@ -408,6 +444,7 @@ PARAMS = {
         ({"sliding_window": None, "moe": None}, 1e6, None),
         ({"sliding_window": [7, 7]}, 1e4, 7),
         ({"model_type": "transformer", "rope_theta": 5e5}, 5e5, None),
+        ({"activation": "silu", "causal": None}, 1e6, None),
     ],
 )
 def test_params_json(tmp_path, more, theta, window):
@@ -426,7 +463,7 @@ def test_params_json(tmp_path, more, theta, window):
         {"yarn": {"beta": 32}}, {"llama_4_scaling": {}}, {"moe": {"num_experts": 8}},
         {"quantization": {"qformat_weight": "fp8_e4m3"}}, {"lora": {"rank": 8}}, {"anything": 1},
         {"model_type": "mamba"}, {"sliding_window": [7, 8]}, {"_sliding_window": 7},
-        {"causal": False},
+        {"causal": False}, {"activation": "gelu"},
     ],
 )  # fmt: skip
 def test_a_key_of_params_json_that_is_not_known(tmp_path, more):
@@ -443,12 +480,13 @@ def test_types_in_params_json(tmp_path):
             read_config(tmp_path)
 
 
-def test_both_formats_in_one_folder(tmp_path):
+@pytest.mark.parametrize("name", ["mistral_tiny_b", "mistral_tiny_d"])
+def test_both_formats_in_one_folder(tmp_path, name):
     """Hugging Face's is taken, as in the folders that Mistral publishes; never both."""
-    golden = expected(FIXTURES / "mistral_tiny_b")
+    golden = expected(FIXTURES / name)
     folder = tmp_path / "both"
     shutil.copytree(FIXTURES / "mistral_tiny_e", folder)
-    shutil.copytree(FIXTURES / "mistral_tiny_b", folder, dirs_exist_ok=True)
+    shutil.copytree(FIXTURES / name, folder, dirs_exist_ok=True)
     logits = load_mistral(folder)(golden["input_ids"])
     assert (logits - golden["logits"]).abs().max() < 2e-5
 

@@ -34,6 +34,15 @@ def test_padding_on_the_right(n_thoughts):
         assert same(one, other)
 
 
+def test_a_batch_without_targets_is_no_loss():
+    """0, not NaN: documents of one token each, say."""
+    model = tiny_quiet_star()
+    output = model(random_ids(2, 8), target_mask=torch.zeros(2, 8, dtype=torch.bool))
+    loss, metrics = quiet_star_loss(output, model.config)
+    assert loss == 0
+    assert not any(metrics.values())
+
+
 def test_sequences_of_different_lengths_are_a_batch():
     """Texts of 6 and 9 tokens in one padded batch = the two alone with the batch's counts."""
     model = tiny_quiet_star().double()

@@ -188,6 +188,20 @@ def test_bad_input_is_one_line_and_exit_code_2(folders, capsys, change, message)
     assert error.count("\n") == 1
 
 
+def test_a_thought_is_described_by_hand(folders):
+    """The second of two sequences, for token 1: log 1/4 without, log 1/2 with its thought."""
+    p = torch.full((2, 258), 1e-9)
+    without, with_thought = p.clone(), p.clone()
+    without[1, :4], with_thought[1, 1:3] = 1 / 4, 1 / 2
+    ids = torch.tensor([list(b"no"), list(b"ye")])
+    weight = torch.tensor([0.125, 0.75])
+    prediction = sample.Prediction(with_thought.log(), without.log(), ids, weight)
+    _, tokenizer = sample.load(folders[1], torch.device("cpu"))
+    text, gain = sample.describe_thought(prediction, 1, 1, tokenizer)
+    assert text == "thought 'ye'  w 0.750  log p -1.386 -> -0.693 (+0.693)"
+    assert abs(gain - 0.6931) < 1e-3
+
+
 def test_colors_are_for_terminals(monkeypatch):
     """Blue where a thought raised log p, orange where it lowered it, plain below 0.03 nats."""
     monkeypatch.delenv("NO_COLOR", raising=False)
@@ -248,6 +262,13 @@ def test_dtype_on_a_cpu(tmp_path, monkeypatch, capsys, kept, asked, share, taken
         assert re.search(r"needs 0\.\d GB in .* and 0\.\d GB of memory are free", line)
 
 
+def test_free_memory_is_what_is_available(tmp_path, monkeypatch):
+    """Not what is unused: the system gives caches back. Its kB are 1024 bytes."""
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemFree: 3 kB\nMemAvailable:   5 kB\n")
+    monkeypatch.setattr(sample, "Path", lambda path: tmp_path / "meminfo")
+    assert sample.free_memory(torch.device("cpu")) == 5 * 1024
+
+
 def test_special_tokens_of_a_prompt(tmp_path):
     save_byte_tokenizer(tmp_path)
     document = json.loads((tmp_path / "tokenizer.json").read_text())
@@ -268,10 +289,11 @@ def test_tokenizer_of_another_model(folders, tmp_path, capsys):
     save_byte_tokenizer(tmp_path)
     save_mistral(tiny_mistral(V=258 + 512), tmp_path)
     sample.load(tmp_path, torch.device("cpu"))
-    save_mistral(tiny_mistral(V=1000), tmp_path)
-    with pytest.raises(SystemExit):
-        sample.main(["--model", str(tmp_path), "--prompt", "x"])
-    assert "the tokenizer has 258 tokens and the model 1000" in capsys.readouterr().err
+    for V in (257, 258 + 513):
+        save_mistral(tiny_mistral(V=V), tmp_path)
+        with pytest.raises(SystemExit):
+            sample.main(["--model", str(tmp_path), "--prompt", "x"])
+        assert f"the tokenizer has 258 tokens and the model {V}" in capsys.readouterr().err
 
 
 def test_out_of_memory_is_one_line_and_another_bug_is_not_hidden(capsys):

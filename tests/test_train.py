@@ -10,10 +10,11 @@ import pytest
 import torch
 from tiny import random_ids, tiny_mistral, tiny_quiet_star
 
+import data
 import train
 from model import Mistral, MistralConfig, load_mistral, save_mistral
 from sample import generate
-from thoughts import load_quiet_star
+from thoughts import load_quiet_star, save_quiet_star
 from tokenizer import load_tokenizer, save_byte_tokenizer
 
 SMALL = "--base-steps 4 --steps 4 --batch-size 3 --context 16 --thought-length 2 --save-every 2"
@@ -90,11 +91,12 @@ def same_weights(one, other):
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.parametrize("stage", ["base", "quiet_star"])
 @pytest.mark.parametrize("half_deleted", [False, True])
-def test_a_crash_while_a_checkpoint_is_replaced_loses_nothing(tmp_path, half_deleted):
+def test_a_crash_while_a_checkpoint_is_replaced_loses_nothing(tmp_path, stage, half_deleted):
     """The complete new one stands beside what is left of the old one; nothing is run again."""
     run(tmp_path)
-    new, old = tmp_path / "quiet_star.tmp", tmp_path / "quiet_star"
+    new, old = tmp_path / f"{stage}.tmp", tmp_path / stage
     old.rename(new)
     if half_deleted:
         old.mkdir()
@@ -107,12 +109,19 @@ def test_a_crash_while_a_checkpoint_is_replaced_loses_nothing(tmp_path, half_del
 
 
 def test_a_half_written_checkpoint_is_none(tmp_path):
-    """Without its state, which is written last, it does not take the place of the old one."""
+    """Without its state, which is written last, it does not take the place of the old one.
+
+    Nor does anything of it get into the next one.
+    """
     run(tmp_path)
+    names = {path.name for path in (tmp_path / "quiet_star").iterdir()}
     (tmp_path / "quiet_star.tmp").mkdir()
-    (tmp_path / "quiet_star.tmp" / "model.safetensors").write_text("half")
-    train.main(["--out", str(tmp_path), "--resume", "--device", "cpu"])
-    assert load_quiet_star(tmp_path / "quiet_star").config.thought_length == 2
+    for name in ("model.safetensors", "model.safetensors.index.json"):
+        (tmp_path / "quiet_star.tmp" / name).write_text("half")
+    for more in ([], ["--steps", "5"]):
+        train.main(["--out", str(tmp_path), "--resume", "--device", "cpu", *more])
+        assert load_quiet_star(tmp_path / "quiet_star").config.thought_length == 2
+    assert {path.name for path in (tmp_path / "quiet_star").iterdir()} == names
 
 
 @pytest.mark.parametrize("positions", [None, 5])
@@ -149,6 +158,27 @@ def test_positions_are_drawn_anew_every_step():
     assert {position for drawn in seen for position in drawn} == set(range(10))
 
 
+def test_all_that_is_random_has_the_seed(tmp_path, monkeypatch):
+    """Both corpora, the weights of both stages, and every batch."""
+    seen = {"corpus": [], "weights": [], "batch": []}
+    make_corpus, batch, manual_seed = data.make_corpus, data.Tokens.batch, torch.manual_seed
+
+    def noting(kind, function, place):
+        def noted(*arguments):
+            seen[kind].append(arguments[place])
+            return function(*arguments)
+
+        return noted
+
+    monkeypatch.setattr(data, "make_corpus", noting("corpus", make_corpus, 0))
+    monkeypatch.setattr(torch, "manual_seed", noting("weights", manual_seed, 0))
+    monkeypatch.setattr(data.Tokens, "batch", noting("batch", batch, 4))
+    run(tmp_path, "--seed 7")
+    assert seen["corpus"] == [7, 8]
+    assert seen["weights"] == [7, 7]
+    assert seen["batch"] == [7] * (4 + 1 + 4)  # and one to see whether the text is long enough
+
+
 def test_thoughts_are_seeded_and_the_rates_are_those_given(tmp_path, monkeypatch):
     """The generator of positions and thoughts, and both learning rates, after a warm-up of 2."""
     seen = []
@@ -172,13 +202,14 @@ def test_thoughts_are_seeded_and_the_rates_are_those_given(tmp_path, monkeypatch
     ]
 
 
-def test_the_learning_rate_rises_and_falls(tmp_path):
+def test_the_learning_rate_rises_and_falls(tmp_path, monkeypatch):
     """To lr in 2 steps of 6, and to 0 in the last 3; the base model's does not fall."""
+    monkeypatch.setitem(train.BASE_SETTINGS, "warmup", 2)
     run(tmp_path, "--steps 6 --base-steps 6 --warmup 2 --cooldown 0.5 --lr 0.5")
     rates = {key: line["lr"] for key, line in losses(tmp_path).items()}
     last = [rates["quiet_star", step] for step in range(1, 7)]
     assert last == pytest.approx([0.25, 0.5, 0.5, 0.5, 1 / 3, 1 / 6])
-    assert [rates["base", step] for step in (1, 6)] == pytest.approx([1e-3 / 50, 6e-3 / 50])
+    assert [rates["base", step] for step in (1, 2, 6)] == pytest.approx([5e-4, 1e-3, 1e-3])
 
 
 def test_gradients_are_clipped(tmp_path):
@@ -231,6 +262,8 @@ def test_a_checkpoint_with_the_papers_settings(tmp_path, checkpoint):
     assert thoughts["policy_weight"] is None  # 1e6 / K
     assert thoughts["reinforce_temperature"] == 3
     assert (settings["lr"], settings["warmup"], settings["weight_decay"]) == (1e-6, 20, 1e-3)
+    assert (settings["batch_size"], train.Settings().context, settings["clip"]) == (8, 256, 1.0)
+    assert (thoughts["base_weight"], thoughts["drop_negative"]) == (0.5, True)
     model = load_quiet_star(tmp_path / "out" / "quiet_star")
     assert generate(model, random_ids(1, 4), 3).shape == (1, 7)
 
@@ -338,6 +371,8 @@ def test_looks_at_held_out_text_leave_the_training_as_it_is(
         ("--eval-sequences 2", "eval_sequences means nothing without eval_data"),
         ("--eval-data text.txt --eval-every 0", "eval_every is 0; it must be at least 1"),
         ("--eval-data nowhere", "cannot read"),
+        ("--context 999", "tokens, one sequence needs 999"),
+        ("--eval-data text.txt --eval-sequences 0", "eval_sequences is 0"),
         ("--data folder", "python -m tools.prepare reads folders"),
         ("--data a.zst", "a.zst is no plain text"),
     ],
@@ -377,6 +412,23 @@ def test_bfloat16_trains_and_resumes(tmp_path, checkpoint, options):
     train.main(["--out", str(tmp_path / "killed"), "--resume", "--device", "cpu"])
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     same_weights(tmp_path / "whole" / "quiet_star", tmp_path / "killed" / "quiet_star")
+
+
+@FAST
+def test_what_fast_is_asked_for(monkeypatch):
+    """Model, checkpointing, compile, masters."""
+    asked = []
+
+    def apply(model, *options):
+        asked.append(options)
+        return torch.optim.AdamW
+
+    monkeypatch.setattr(train, "apply_fast", apply)
+    for options in ({}, {"checkpointing": True}, {"compile": True}, {"masters": False}):
+        train.make_optimizer(tiny_quiet_star(), train.Settings(**options))
+    assert asked == [
+        (False, False, True), (True, False, True), (False, True, True), (False, False, False)
+    ]  # fmt: skip
 
 
 @FAST
@@ -433,6 +485,15 @@ def test_runs_get_their_own_folders(tmp_path, monkeypatch):
         ("--n-thoughts 0", "n_thoughts is 0; it must be at least 1"),
         ("--base-weight 2", "base_weight is 2.0; it must be between 0 and 1"),
         ("--lr -1", "lr is -1.0; it must be at least 0"),
+        ("--lr nan", "lr is nan; it must be at least 0"),
+        ("--seed -1", "seed is -1; it must be at least 0"),
+        ("--context 1", "context is 1; it must be at least 2"),
+        ("--clip 0", "clip is 0.0; it must be at least"),
+        ("--keep -1", "keep is -1; it must be at least 0"),
+        ("--policy-weight -1", "policy_weight is -1.0; it must be at least 0"),
+        ("--thought-length -1", "thought_length is -1; it must be at least 0"),
+        ("--base-weight -1", "base_weight is -1.0; it must be at least 0"),
+        ("--reinforce-temperature 0", "reinforce_temperature is 0.0; it must be at least"),
         ("--n-true 16", "of 16 tokens (context) 0 have 16 (n_true) ahead"),
         ("--positions 15", "positions is 15; of 16 tokens (context) 14 have 2 (n_true) ahead"),
         ("--base-steps 0", "base_steps is 0; without --checkpoint a base model has to be trained"),
@@ -491,6 +552,53 @@ def test_a_thinking_model_thinks_on(tmp_path):
     assert "base" not in {stage for stage, _ in losses(tmp_path / "other")}
 
 
+def test_a_model_with_ids_of_its_own_thinks_on(tmp_path):
+    """As the authors', whose start and end are the last two tokens of the vocabulary."""
+    first = tiny_quiet_star(V=260, start_id=258, end_id=259)
+    save_quiet_star(first, tmp_path)
+    save_byte_tokenizer(tmp_path)
+    settings, thoughts = train.Settings(checkpoint=str(tmp_path)), train.ThoughtConfig()
+    again = train.thinking_model(settings, thoughts, tmp_path / "run", torch.device("cpu"))
+    assert again.config == replace(thoughts, start_id=258, end_id=259)
+
+
+def test_paths_are_kept_from_the_root_on(tmp_path, monkeypatch, checkpoint):
+    """A run may be resumed from another folder than it began in."""
+    monkeypatch.chdir(tmp_path)
+    given = {"checkpoint": "pretrained", "data": ("text.txt",), "eval_data": "text.txt"}
+    settings, _ = train.make_settings(given)
+    root, text = str(tmp_path / "pretrained"), str(tmp_path / "text.txt")
+    assert (settings.checkpoint, settings.data, settings.eval_data) == (root, (text,), text)
+
+
+def test_held_out_text_is_the_same_for_every_seed_and_none_of_it_comes_twice(
+    tmp_path, monkeypatch, checkpoint
+):
+    """Of 60 tokens there are 3 sequences of 16, though 16 are asked for."""
+    (tmp_path / "held_out.txt").write_text("One and one is two! " * 3)
+    seen = []
+
+    def glance(model, ids, is_target):
+        seen.append(ids)
+        return "", False, {}
+
+    monkeypatch.setattr(train.evaluation, "glance_at_text", glance)
+    for seed in (0, 7):
+        options = f"{checkpoint}{FEW} --steps 1 --eval-data {tmp_path / 'held_out.txt'}"
+        run(tmp_path / str(seed), f"{options} --eval-every 1 --seed {seed}", small="")
+    assert torch.equal(*seen)
+    assert seen[0].shape == (3, 16)
+    assert len(seen[0].unique(dim=0)) == 3
+
+
+@FAST
+def test_the_base_model_of_the_built_in_corpus_is_trained_in_float32(tmp_path):
+    run(tmp_path, "--dtype bfloat16 --base-steps 1 --steps 1")
+    assert load_mistral(tmp_path / "base").lm_head.weight.dtype == torch.float32
+    thinking = load_quiet_star(tmp_path / "quiet_star")
+    assert thinking.model.lm_head.weight.dtype == torch.bfloat16
+
+
 def test_a_base_model_that_can_work_is_trained_no_longer(tmp_path, monkeypatch, capsys):
     """Looked at every 2 steps, it can after 4 of 9; a resumed run does not train it again."""
     looks = iter([False, True])
@@ -547,5 +655,9 @@ def test_every_setting_has_a_help_text(capsys):
 
 def test_loss_in_float32_of_a_bfloat16_model():
     model, ids = tiny_mistral().bfloat16(), random_ids(2, 8)
-    loss, _ = train.language_loss(model, ids, torch.ones_like(ids) > 0, None, (14, 0), None)
+    mask = torch.ones_like(ids) > 0
+    loss, _ = train.language_loss(model, ids, mask, None, (14, 0), None)
     assert loss.dtype == torch.float32
+    model, positions = tiny_quiet_star().bfloat16(), torch.arange(6)
+    loss, metrics = train.thought_loss(model, ids, mask, positions, (14, 12), None)
+    assert {value.dtype for value in (loss, *metrics.values())} == {torch.float32}

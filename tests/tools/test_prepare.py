@@ -70,6 +70,7 @@ def same_tokens(folder, documents, tokenizer=MISTRAL):
     direct, prepared = data.tokenize(documents, tokenizer), data.read_tokens([folder], tokenizer)
     assert torch.equal(direct.ids, torch.from_numpy(prepared.ids.astype(np.int64)))
     assert torch.equal(direct.is_target, torch.from_numpy(np.array(prepared.is_target)))
+    assert not prepared.ids.flags.writeable
     for step in (0, 7):
         for one, other in zip(
             direct.batch(step, 2, 2, 3, CPU), prepared.batch(step, 2, 2, 3, CPU), strict=True
@@ -252,8 +253,9 @@ def test_a_killed_run_leaves_no_corpus(tmp_path, in_place):
 
 def test_damaged_folders(tmp_path, in_place):
     out, tokenizer = run(tmp_path, *write_files(tmp_path)), load_tokenizer(MISTRAL)
-    with pytest.raises(ValueError, match="Is a directory"):  # not beside others
-        data.read_tokens([tmp_path / "a.txt", out], tokenizer)
+    for files in ([tmp_path / "a.txt", out], [out, tmp_path / "a.txt"]):  # not beside others
+        with pytest.raises(ValueError, match="Is a directory"):
+            data.read_tokens(files, tokenizer)
     whole = (out / "tokens.bin").read_bytes()
     (out / "tokens.bin").write_bytes(whole[:-2])
     with pytest.raises(ValueError, match="is damaged"):
