@@ -100,6 +100,8 @@ def read_documents(files: Iterable[str | Path]) -> list[str]:
     documents = []
     try:
         for path in map(Path, files):
+            if (path / MANIFEST).is_file():
+                raise ValueError(f"{path} is prepared text, which is given alone")
             if path.suffix.lower() in (".gz", ".zst", ".parquet"):
                 raise ValueError(f"{path} is no plain text")
             if path.suffix.lower() in (".jsonl", ".json"):
@@ -152,6 +154,8 @@ def read_utf8(path: Path) -> str:
     """The text of a file without its byte order mark; ValueError if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ValueError(f"cannot read {path}: there is no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read {path} as UTF-8 text: {error}") from None
 

@@ -394,7 +394,7 @@ def answer_all(
     head, ways = json.dumps(header) + "\n", ways_to_answer(model)
     text = path.read_text(encoding="utf-8") if path.exists() else head
     if not text.startswith(head):
-        raise ValueError(f"{path} has other results than {header}; give another --out")
+        raise ValueError(f"{path} has other results than of {header}; give another --out")
     text = text[: text.rindex("\n") + 1]  # without what a killed run may have half written
     path.parent.mkdir(parents=True, exist_ok=True)
     data.write_text(path, text)
@@ -444,13 +444,19 @@ def about(options: argparse.Namespace) -> dict:
     return {name: getattr(options, name) for name in names} | {"written": written}
 
 
+def results_file(options: argparse.Namespace, task: str) -> Path:
+    """Where the answers to a task go without --out: a name of the run's folder and the model's."""
+    name = "-".join([*Path(options.model).resolve().parts[-2:], task])
+    return Path(options.out or f"runs/{name}.jsonl")
+
+
 def run_task(model: Mistral | QuietStar, tokenizer: Tokenizer, options) -> None:
     """Answer a task's questions in every way, and print the scores."""
     questions = read_questions(options.data, options.task, options.limit)
     admissible = admissible_tokens(tokenizer, options.task)
     answer = partial(answer_at_once, tokenizer=tokenizer, admissible=admissible)
     header = about(options)
-    out = Path(options.out or f"runs/{Path(options.model).resolve().name}-{options.task}.jsonl")
+    out = results_file(options, options.task)
     results = answer_all(model, questions, answer, out, header)
     print(show_scores(options.task, results, SCORES))
     print(f"a line for each question is in {out}")

@@ -57,7 +57,9 @@ def read_config(folder: Path) -> tuple[dict, Path]:
     for name, translate in (("config.json", from_config_json), ("params.json", from_params_json)):
         if (path := folder / name).is_file():
             return translate(read_json(path), path), path
-    raise ValueError(f"{folder} is no checkpoint: neither config.json nor params.json in it")
+    inside = [path.parent.name for path in sorted(folder.glob("*/config.json"))]
+    hint = f"; do you mean {' or '.join(inside)} in it?" if inside else ""
+    raise ValueError(f"{folder} is no checkpoint: neither config.json nor params.json in it{hint}")
 
 
 def refuse(path: Path, name: str, value: object) -> NoReturn:

@@ -248,9 +248,11 @@ def show_status(line: str, done: int, total: int, file: TextIO, keep: bool = Fal
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
     """A parser whose --help begins with the description as it stands."""
-    return argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}; see --help\n")
+    return parser
 
 
 def execute(parser: argparse.ArgumentParser, run: Callable, arguments: list[str] | None) -> None:

@@ -1,6 +1,6 @@
 """Train Quiet-STaR.
 
-    python train.py                                        the built-in corpus: minutes on a laptop
+    python train.py                                        the built-in corpus: a minute or two
     python train.py --checkpoint FOLDER --data FILE ...    a pretrained model, text of your own
     python train.py --checkpoint runs/1/quiet_star         a model that thinks already, trained on
     python train.py --out FOLDER --resume                  continue a run that was stopped
@@ -8,7 +8,7 @@
 
 Without --checkpoint a small base model is trained first, on puzzles that mostly explain themselves,
 then Quiet-STaR on puzzles that mostly do not (data.py), and the run ends with a table of what the
-thoughts are worth. With it, Quiet-STaR continues from the checkpoint with the paper's settings.
+thoughts are worth. With it, Quiet-STaR begins with that model; with --data the paper's settings.
 
 A run is a folder: settings.json, metrics.jsonl, and a checkpoint per stage (base/, quiet_star/)
 that holds weights, tokenizer and all that --resume needs to continue with exactly the same losses.
@@ -214,7 +214,9 @@ def train(model, loss_of, optimizer, tokens, settings, n_true: int, folder: Path
         line, enough, seen = glance(model) if look else ("", False, {})
         write(folder, step + 1, settings.steps, metrics | seen, left)
         if look:
-            show_status(f"    {line}", step + 1, settings.steps, sys.stdout, keep=True)
+            show_status(
+                f"    step {step + 1}: {line}", step + 1, settings.steps, sys.stdout, keep=True
+            )
             clock = time.perf_counter()  # looking is no training
         done = enough or step + 1 == settings.steps
         stopped = STOP.is_set() and not done

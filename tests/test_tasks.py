@@ -377,7 +377,7 @@ def test_results_are_named_after_the_model_without_out(folder, five, tmp_path, m
     monkeypatch.chdir(tmp_path)
     options = ["--task", five.stem, "--data", str(five), "--device", "cpu"]
     evaluation.main(["--model", str(folder), *options])
-    out = tmp_path / "runs" / f"{folder.name}-{five.stem}.jsonl"
+    out = tmp_path / "runs" / f"{folder.parent.name}-{folder.name}-{five.stem}.jsonl"
     assert len(out.read_text().splitlines()) == 1 + 5
 
 
@@ -387,7 +387,7 @@ def test_results_of_weights_written_since_are_not_continued(folder, five, tmp_pa
     os.utime(folder / "quiet_star.safetensors", (later, later))
     with pytest.raises(SystemExit):
         run(folder, five, tmp_path / "out.jsonl")
-    assert "has other results than" in capsys.readouterr().err
+    assert "has other results than of" in capsys.readouterr().err
 
 
 def test_a_plain_model_answers_without_thoughts(tmp_path, capsys):
@@ -410,7 +410,7 @@ def test_a_file_of_something_else_is_refused(folder, five, tmp_path, capsys, con
     else:
         out.write_text(content)
     capsys.readouterr()
-    assert "has other results than" in refused(capsys, folder, five, out, "--limit", "4")
+    assert "has other results than of" in refused(capsys, folder, five, out, "--limit", "4")
     assert out.read_text() == content
 
 

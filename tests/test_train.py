@@ -609,7 +609,7 @@ def test_a_base_model_that_can_work_is_trained_no_longer(tmp_path, monkeypatch, 
     monkeypatch.setattr(train.evaluation, "glance", glance)
     monkeypatch.setattr(train, "GLANCE", {"base": 2, "quiet_star": 2})
     run(tmp_path, "--base-steps 9")
-    assert capsys.readouterr().out.count("    seen") == 2 + 2
+    assert capsys.readouterr().out.count(": seen") == 2 + 2
     steps = [step for stage, step in losses(tmp_path) if stage == "base"]
     assert steps == [1, 2, 3, 4]
     before = (tmp_path / "metrics.jsonl").read_text()

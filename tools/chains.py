@@ -16,14 +16,21 @@ import re
 from collections import Counter
 from decimal import Decimal
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from data import check_at_least
-from eval import Question, about, answer_all, number_in, read_questions, show_scores
+from eval import (
+    Question,
+    about,
+    answer_all,
+    number_in,
+    read_questions,
+    results_file,
+    show_scores,
+)
 from model import Mistral
 from sample import DTYPES, execute, load, make_parser, pick_device, write
 from thoughts import QuietStar
@@ -86,7 +93,7 @@ def run(options: argparse.Namespace) -> None:
     dtype = options.dtype and DTYPES[options.dtype]
     model, tokenizer = load(options.model, pick_device(options.device), dtype)
     answer = partial(answer_after_chains, tokenizer=tokenizer, chains=chains)
-    out = Path(options.out or f"runs/{Path(options.model).resolve().name}-gsm8k-cot.jsonl")
+    out = results_file(options, "gsm8k-cot")
     results = answer_all(model, questions, answer, out, about(options) | chains._asdict())
     print(show_scores("gsm8k", results, SCORES))
     print(f"a line for each question is in {out}")

@@ -339,7 +339,11 @@ def difference(found: dict, wanted: dict) -> str | None:
     for name, value in wanted.items():
         if name == "sources" and found.get(name) != value:
             old, new = ({tuple(x) for x in sources} for sources in (found.get(name, []), value))
-            return f"{min(old ^ new)[0]} has changed" if old ^ new else "their order has changed"
+            if old == new:
+                return "their order has changed"
+            file = min(old ^ new)[0]
+            both = all(file in {source[0] for source in sources} for sources in (old, new))
+            return f"{file} {'has changed' if both else 'is in one of the two only'}"
         if found.get(name) != value:
             return f"{name} was {found.get(name)}, now {value}"
     return None

@@ -114,7 +114,10 @@ def options(tmp_path, monkeypatch):
 
 def test_a_killed_run_continues_to_the_same_results(options, tmp_path, capsys):
     chains.main(options)
-    table, out = capsys.readouterr().out, Path("runs") / f"{tmp_path.name}-gsm8k-cot.jsonl"
+    table, out = (
+        capsys.readouterr().out,
+        Path("runs") / f"{tmp_path.parent.name}-{tmp_path.name}-gsm8k-cot.jsonl",
+    )
     assert "gsm8k, 3 questions" in table
     assert "with thoughts" in table
     assert chains.SCORES["majority_accuracy"] in table
@@ -137,7 +140,7 @@ def test_results_of_other_chains_are_refused(options, tmp_path, capsys, monkeypa
     with pytest.raises(SystemExit) as stopped:
         chains.main([*options, *change])
     assert stopped.value.code == 2
-    assert "has other results than" in capsys.readouterr().err
+    assert "has other results than of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -254,7 +254,7 @@ def test_a_killed_run_leaves_no_corpus(tmp_path, in_place):
 def test_damaged_folders(tmp_path, in_place):
     out, tokenizer = run(tmp_path, *write_files(tmp_path)), load_tokenizer(MISTRAL)
     for files in ([tmp_path / "a.txt", out], [out, tmp_path / "a.txt"]):  # not beside others
-        with pytest.raises(ValueError, match="Is a directory"):
+        with pytest.raises(ValueError, match="is prepared text, which is given alone"):
             data.read_tokens(files, tokenizer)
     whole = (out / "tokens.bin").read_bytes()
     (out / "tokens.bin").write_bytes(whole[:-2])
