@@ -48,8 +48,9 @@ class Puzzles(NamedTuple):
 
     ids: Tensor  # [n, T] int64
     answers: Tensor  # [n] int64, an index into candidates
-    first: Tensor  # [n] int64, the token with which an aside that works begins
+    work: Tensor  # [n, ASIDE] int64, the aside that works
     candidates: Tensor  # [HOURS] int64, the tokens that an answer can be
+    hum: int  # the token of an aside that hums
 
 
 class Score(NamedTuple):
@@ -63,15 +64,16 @@ def held_out_puzzles(tokenizer: Tokenizer, device: torch.device, repeats: int = 
     """Every held-out puzzle, `repeats` times after different lines."""
     rng = np.random.default_rng(0)
     known = data.all_puzzles(held_out=False)
-    rows, answers, first = [], [], []
+    rows, answers, work = [], [], []
     for moves in np.tile(data.all_puzzles(held_out=True), (repeats, 1)):
         before = "".join(data.puzzle_line(known[i]) for i in rng.integers(len(known), size=3))
         asked, answer = data.puzzle_line(moves).strip().split("=")
         rows.append(tokenizer.encode("\n" + before + asked + "="))
         answers.append(data.ANSWERS.index(answer))
-        first.append(tokenizer.token_id(data.explanation(moves)[0]))
+        work.append(tokenizer.encode(data.explanation(moves)))
     candidates = [tokenizer.token_id(answer) for answer in data.ANSWERS]
-    return Puzzles(*(torch.tensor(x, device=device) for x in (rows, answers, first, candidates)))
+    tensors = (torch.tensor(x, device=device) for x in (rows, answers, work, candidates))
+    return Puzzles(*tensors, tokenizer.token_id(data.HUM[0]))
 
 
 def score(logits: Tensor, puzzles: Puzzles) -> Score:
@@ -91,9 +93,10 @@ def aloud(
     begun: the first letter of an aside that works is given, so that the model cannot hum.
     """
     dashes = torch.full_like(puzzles.ids[:, :1], tokenizer.token_id("—"))
-    opened = torch.cat([puzzles.ids, dashes, *([puzzles.first[:, None]] * begun)], dim=1)
-    said = generate(model, opened, data.ASIDE - begun, temperature=0)
-    return said[:, -data.ASIDE :], model(torch.cat([said, dashes], dim=1))[:, -1]
+    opened = torch.cat([puzzles.ids, dashes, puzzles.work[:, : int(begun)]], dim=1)
+    length = puzzles.work.shape[1]
+    said = generate(model, opened, length - begun, temperature=0)
+    return said[:, -length:], model(torch.cat([said, dashes], dim=1))[:, -1]
 
 
 def thinking_once(model: QuietStar) -> QuietStar:
@@ -118,13 +121,16 @@ def predict_answers(model: QuietStar, puzzles: Puzzles, thought_ids: Tensor | No
 
 
 @torch.no_grad()
-def puzzle_table(model: Mistral | QuietStar, tokenizer: Tokenizer) -> dict[str, Score]:
-    """The scores of a model on the held-out puzzles, by what it does between "=" and the answer.
+def puzzle_table(
+    model: Mistral | QuietStar, tokenizer: Tokenizer, puzzles: Puzzles | None = None
+) -> dict[str, Score]:
+    """The scores of a model on puzzles, by what it does between "=" and the answer.
 
     Pause tokens are the start token K times; shuffled thoughts the greedy ones of other puzzles.
+    Without puzzles these are the built-in corpus'.
     """
     text_model = model.model if isinstance(model, QuietStar) else model
-    puzzles = held_out_puzzles(tokenizer, text_model.embed_tokens.weight.device)
+    puzzles = puzzles or held_out_puzzles(tokenizer, text_model.embed_tokens.weight.device)
     table = {"answers at once": score(text_model(puzzles.ids)[:, -1], puzzles)}
     if isinstance(model, QuietStar):
         greedy = predict_answers(model, puzzles, None)
@@ -146,17 +152,19 @@ def puzzle_table(model: Mistral | QuietStar, tokenizer: Tokenizer) -> dict[str, 
 
 
 @torch.no_grad()
-def glance(model: Mistral | QuietStar, tokenizer: Tokenizer) -> tuple[str, bool, dict]:
+def glance(
+    model: Mistral | QuietStar, tokenizer: Tokenizer, puzzles: Puzzles | None = None
+) -> tuple[str, bool, dict]:
     """Something to watch while a model trains on the puzzles, whether it is trained enough, and {}.
 
     A plain model is once it can work but does not: it hums in nearly all its asides, and one begun
     right ends in the right answer. Of a thinking one, answers after greedy thoughts, and a thought.
     """
     device = next(model.parameters()).device
-    puzzles = held_out_puzzles(tokenizer, device, repeats=1)
+    puzzles = puzzles or held_out_puzzles(tokenizer, device, repeats=1)
     if isinstance(model, Mistral):
-        hums = aloud(model, puzzles, tokenizer, begun=False)[0] == tokenizer.token_id(data.HUM[0])
-        hums = hums.all(1).float().mean().item()
+        hums = (aloud(model, puzzles, tokenizer, begun=False)[0] == puzzles.hum).all(1)
+        hums = hums.float().mean().item()
         right = score(aloud(model, puzzles, tokenizer, begun=True)[1], puzzles).right
         line = (
             f"hums in {100 * hums:3.0f} % of its asides; begun right, {100 * right:3.0f} % end so"

@@ -86,7 +86,7 @@ def test_a_base_model_is_trained_enough_when_it_hums_and_can_work(
 
 
 def test_score_by_hand():
-    puzzles = evaluation.Puzzles(None, torch.tensor([0, 2]), None, torch.tensor([1, 2, 3]))
+    puzzles = evaluation.Puzzles(None, torch.tensor([0, 2]), None, torch.tensor([1, 2, 3]), 0)
     logits = torch.tensor([[9.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]])
     score = evaluation.score(logits, puzzles)
     assert score.right == 0.5  # token 0 is likelier than all, and no candidate

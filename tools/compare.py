@@ -3,37 +3,66 @@
     python -m tools.compare --checkpoint SmolLM2 --data maths.txt train.jsonl --out runs/smollm2 \\
         --gsm8k test.jsonl --csqa dev.jsonl -- --steps 200 --positions 64
 
-The last tenth of every text is held out. Quiet-STaR (OUT/thoughts) and a control (OUT/none: the
-same steps on the same batches, with the language-model loss only) train on the rest; options behind
--- are train.py's, for both. OUT/report.md compares them with each other and with the model before:
-loss on held-out text, the gain by difficulty, twenty thoughts as they came, and scores of eval.py's
-tasks. Started again, it continues what was stopped.
+The last tenth of every text is held out. On the rest train, with every seed on the same batches,
+Quiet-STaR (OUT/seed0/thoughts), the same with pause tokens for thoughts (pause: as much computing)
+and the language-model loss only (none: as much text). Options behind -- are train.py's, for all.
+OUT/report.md compares them with each other and with the model before: loss on held-out text, every
+difference with its interval and how large it had to be to be seen, the gain by difficulty, scores
+of eval.py's tasks, twenty thoughts as they came. Started again, it continues what was stopped.
 """
 
 import argparse
-import io
+import copy
 import json
+import math
+import sys
 import textwrap
-from contextlib import redirect_stdout
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import data
 import eval as evaluation
 import train
-from data import add_settings, write_text
-from model import KVCache
-from sample import DTYPES, describe_thought, execute, load, make_parser, pick_device
+from data import add_settings, read_json, write_json, write_text
+from model import KVCache, Mistral
+from sample import DTYPES, describe_thought, execute, load, make_parser, pick_device, show_status
 from thoughts import QuietStar, ThoughtConfig
 from tokenizer import Tokenizer, load_tokenizer
 from tools.experiments import EXPERIMENTS, same_settings
 
 HELD_OUT = 10  # one in so many
 THOUGHTS = 20  # shown, one in each of the first held-out sequences read
-RUNS = {"thoughts": EXPERIMENTS["full"], "none": EXPERIMENTS["none"]}  # folder: what is trained
-MODELS = ("before", "trained on without thoughts", "Quiet-STaR")  # what is compared
+READ = 8  # held-out sequences at once
+ARMS = {  # a run's folder: what is trained
+    "none": EXPERIMENTS["none"],
+    "pause": EXPERIMENTS["pause"],
+    "thoughts": EXPERIMENTS["full"],
+}
+LABELS = {  # (model, what it thinks when it is evaluated): its name in the report
+    ("before", "without"): "before",
+    ("none", "without"): "trained without thoughts",
+    ("pause", "without"): "pause tokens, not used",
+    ("pause", "with"): "pause tokens",
+    ("thoughts", "without"): "Quiet-STaR, no thoughts",
+    ("thoughts", "with"): "Quiet-STaR, greedy thoughts",
+    ("thoughts", "shuffled"): "Quiet-STaR, thoughts of other positions",
+}
+THINKS, PLAIN = ("thoughts", "with"), ("none", "without")
+DIFFERENCES = [  # first against second
+    (THINKS, ("thoughts", "without")),
+    (THINKS, ("thoughts", "shuffled")),
+    (THINKS, ("pause", "with")),
+    (THINKS, PLAIN),
+    (("thoughts", "without"), PLAIN),
+    (("pause", "with"), PLAIN),
+    (PLAIN, ("before", "without")),
+]
+POWER = 1.96 + 0.84  # standard errors: a gain that a 95 % interval shows in 80 % of such runs
 
 
 def split_text(files: list[str]) -> tuple[list[str], list[str]]:
@@ -59,7 +88,7 @@ def split_text(files: list[str]) -> tuple[list[str], list[str]]:
 
 def training_options(arguments: list[str]) -> dict:
     """Options of train.py as make_settings takes them; ValueError for those that are set here."""
-    parser, own = make_parser(None), ("out", "resume", "device", "checkpoint", "data")
+    parser, own = make_parser(None), ("out", "resume", "device", "checkpoint", "data", "seed")
     for name in own[:3]:
         parser.add_argument(f"--{name}", nargs="?", default=argparse.SUPPRESS)
     parser.add_argument("--preset", choices=train.PRESETS, default=argparse.SUPPRESS)
@@ -72,7 +101,148 @@ def training_options(arguments: list[str]) -> dict:
     return train.PRESETS.get(given.pop("preset", None), {}) | given
 
 
+# ------------------------------------------------------------------------------- one of the models
+
+
+def pausing(model: QuietStar) -> QuietStar:
+    """The same model, but it thinks K start tokens in place of greedy thoughts."""
+    paused = copy.copy(model)  # shares all weights
+
+    def think_last(last: Tensor, cache: KVCache):
+        thought = last.new_full((len(last), model.config.thought_length), model.start_id)
+        return model.think_last(last, cache, thought)
+
+    paused.think_last = think_last
+    return paused
+
+
+@torch.no_grad()
+def held_out_nll(
+    model: QuietStar, arm: str, ids: Tensor, mask: Tensor, positions: Tensor
+) -> dict[str, Tensor]:
+    """nll in nats [n, J] of the token after each of the positions [J]; NaN if it is no target.
+
+    ids, target mask [n, T]. "without" a thought, and for those that think "with" a greedy one (or
+    the arm's pause tokens), "shuffled": with those of other positions and sequences.
+    """
+    once, ways = evaluation.thinking_once(model), [way for name, way in LABELS if name == arm]
+    if ways == ["without"]:
+        once.config = replace(once.config, thought_length=0)
+    parts: dict[str, list[Tensor]] = {way: [] for way in ways}
+    generator, K = torch.Generator().manual_seed(0), once.config.thought_length
+    batches = list(zip(ids.split(READ), mask.split(READ), strict=True))
+    for count, (part, targets) in enumerate(batches, 1):
+        think = partial(once, part, positions=positions, target_mask=targets, temperature=0)
+        shape = (len(part), 1, len(positions), K)
+        output = think(part.new_full(shape, model.start_id) if arm == "pause" else None)
+        nll = {"without": output.base_nll[:, positions], "with": output.talk_nll[0, :, 0]}
+        if "shuffled" in ways:
+            order = torch.randperm(len(part) * len(positions), generator=generator)
+            others = output.thought_ids.reshape(-1, K)[order.to(part.device)]
+            nll["shuffled"] = think(others.view(shape)).talk_nll[0, :, 0]
+        for way in ways:
+            parts[way].append(nll[way].float().masked_fill(~output.valid[0], math.nan).cpu())
+        line = f"held-out text: {count} of {len(batches)} batches"
+        show_status(line, count, len(batches), sys.stderr)
+    return {way: torch.cat(part) for way, part in parts.items()}
+
+
+def measure(
+    arm: str, folder: Path, out: Path, options: argparse.Namespace, held_out: tuple[Tensor, ...]
+) -> dict[str, dict]:
+    """Losses and answers of a model: {"nll": {way: [n, J]}, task: {way: results}}.
+
+    held_out: see held_out_nll. Losses are kept in OUT.json, answers in a file for each task.
+    """
+    model, tokenizer = load(folder, held_out[0].device, DTYPES[options.dtype])
+    if isinstance(model, Mistral):
+        model = QuietStar(model, ThoughtConfig(thought_length=0))
+    path = out.with_suffix(".json")
+    about = evaluation.about(options) | {"shape": [*held_out[0].shape, len(held_out[2])]}
+    if not path.exists() or read_json(path)["about"] != about:
+        nll = held_out_nll(model, arm, *held_out)
+        write_json(path, {"about": about, "nll": {way: x.tolist() for way, x in nll.items()}})
+    found = {"nll": read_json(path)["nll"]}
+    answering = {"pause": pausing(model), "thoughts": model}.get(arm, model.model)
+    for task in [task for task in evaluation.TASKS if getattr(options, task)]:
+        questions = evaluation.read_questions(getattr(options, task), task, options.limit)
+        answer = partial(
+            evaluation.answer_at_once,
+            tokenizer=tokenizer,
+            admissible=evaluation.admissible_tokens(tokenizer, task),
+        )
+        file = out.with_name(f"{out.name}-{task}.jsonl")
+        results = evaluation.answer_all(answering, questions, answer, file, about | {"task": task})
+        ways = evaluation.ways_to_answer(answering)  # "without thoughts", "with thoughts"
+        found[task] = {way.split()[0]: [result[way] for result in results] for way in ways}
+    return found
+
+
 # ------------------------------------------------------------------------------------- the report
+
+
+def difference(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, list[float]]:
+    """How much lower the nll first is than second, both [seeds, n, J] or [1, n, J].
+
+    Returns the gain of every sequence [n], a mean over its tokens and the seeds, and of every seed.
+    """
+    gain = second - first  # paired: the same token, and the same seed
+    gain = np.nanmean(gain[:, ~np.isnan(gain).all(axis=(0, 2))], axis=2)  # [seeds, n]
+    return gain.mean(0), gain.mean(1).tolist()
+
+
+def show_difference(first, second, nll: dict) -> str:
+    """A row: the gain of first over second, its interval, its seeds, and what could be seen."""
+    values, seeds = difference(nll[first], nll[second])
+    low, high = evaluation.bootstrap_interval(values)
+    seen = POWER * values.std(ddof=1) / math.sqrt(len(values))
+    each = " ".join(f"{gain:+.4f}" for gain in seeds)
+    cells = [f"{LABELS[first]} against {LABELS[second]}", f"{values.mean():+.4f}"]
+    return f"| {' | '.join([*cells, f'{low:+.4f} .. {high:+.4f}', each, f'{seen:.4f}'])} |"
+
+
+def show_losses(nll: dict) -> str:
+    """Mean nll of every model and way, and those of the seeds."""
+    lines = ["| | nats a token | seeds |", "|---|---|---|"]
+    for key, label in LABELS.items():
+        each = " ".join(f"{loss:.4f}" for loss in np.nanmean(nll[key], axis=(1, 2)))
+        lines.append(f"| {label} | {np.nanmean(nll[key]):.4f} | {each} |")
+    return "\n".join(lines)
+
+
+def show_gain(first, second, nll: dict) -> str:
+    """The gain of first over second by the loss before training; nll are means over the seeds."""
+    known = ~np.isnan(nll["before", "without"][0])  # [n, J]
+    before, one, other = (
+        torch.from_numpy(nll[key].mean(0)[known]) for key in (("before", "without"), first, second)
+    )
+    return textwrap.indent(evaluation.show_text(other, one, by=before), "    ")
+
+
+def show_task(task: str, answers: dict) -> str:
+    """Scores of all models and ways in %, with intervals by drawing the questions anew.
+
+    answers {(arm, way): a list of results for every seed}. Below, the gain of thoughts, paired.
+    """
+
+    def values(key, score: str) -> np.ndarray:
+        """Percent of every question [n], the mean over the seeds."""
+        return 100 * np.array([[r[score] for r in results] for results in answers[key]]).mean(0)
+
+    def cell(percent: np.ndarray) -> str:
+        low, high = evaluation.bootstrap_interval(percent)
+        return f"{percent.mean():.2f} [{low:.2f}, {high:.2f}]"
+
+    scores = [s for s in evaluation.SCORES if s in answers["before", "without"][0][0]]
+    lines = [f"| {task} | {' | '.join(evaluation.SCORES[score] for score in scores)} |"]
+    lines.append("|---" * (len(scores) + 1) + "|")
+    for key in answers:
+        cells = [cell(values(key, score)) for score in scores]
+        lines.append(f"| {LABELS[key]} | {' | '.join(cells)} |")
+    for second in (("thoughts", "without"), PLAIN):
+        cells = [cell(values(THINKS, score) - values(second, score)) for score in scores]
+        lines.append(f"| {LABELS[THINKS]} - {LABELS[second]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 @torch.no_grad()
@@ -88,85 +258,31 @@ def show_thoughts(model: QuietStar, tokenizer: Tokenizer, ids: Tensor) -> str:
     for row, tokens in enumerate(ids.tolist()):
         text, _ = describe_thought(prediction, row, tokens[j], tokenizer)
         before, true = tokenizer.spell(tokens[max(j - 8, 0) : j]), tokenizer.spell([tokens[j]])
-        lines.append(f"{before!r} -> {true!r}  {text}")
+        lines.append(f"    {before!r} -> {true!r}  {text}")
     return "\n".join(lines)
-
-
-def text_report(
-    folders: list[Path], ids: Tensor, mask: Tensor, device: torch.device, dtype: torch.dtype
-) -> dict[str, str]:
-    """Losses of the models before, of the control and of Quiet-STaR on held-out text, and thoughts.
-
-    ids, target mask [n, T]; dtype of all computation. Returns the titles and texts of a report.
-    """
-
-    def nll(model: QuietStar) -> tuple[Tensor, Tensor]:
-        return evaluation.text_nll(model, ids.flatten(), mask.flatten(), ids.shape[1])
-
-    base, tokenizer = load(folders[0], device, dtype)
-    if not isinstance(base, QuietStar):
-        base = QuietStar(base, ThoughtConfig(n_thoughts=1, thought_length=0))
-    plain, _ = nll(base)
-    control, _ = nll(load(folders[1], device, dtype)[0])
-    model, _ = load(folders[2], device, dtype)
-    without, with_thought = nll(model)
-    losses = {
-        "before": plain,
-        "trained on without thoughts": control,
-        "Quiet-STaR, no thoughts": without,
-        "Quiet-STaR, greedy thoughts": with_thought,
-    }
-    shown, by = ids[:THOUGHTS], "By the loss before training,"
-    return {
-        f"Held-out text, {len(plain)} tokens; loss in nats a token:": "\n".join(
-            f"{name:30}{loss.mean():8.4f}" for name, loss in losses.items()
-        ),
-        f"{by} Quiet-STaR without and with thoughts:": evaluation.show_text(
-            without, with_thought, by=plain
-        ),
-        f"{by} the control and Quiet-STaR with thoughts:": evaluation.show_text(
-            control, with_thought, by=plain
-        ),
-        f"Thoughts in the middle of {len(shown)} of the sequences, as they came:": show_thoughts(
-            model, tokenizer, shown
-        ),
-    }
-
-
-def task_report(task: str, file: str, folders: list[Path], out: Path, more: list[str]) -> dict:
-    """What eval.py says of a task, with `more` options, for each model: titles and texts."""
-    texts = {}
-    for label, folder in zip(MODELS, folders, strict=True):
-        results = out / task / f"{label.split()[0]}.jsonl"
-        files = ["--model", str(folder), "--task", task, "--data", file, "--out", str(results)]
-        with redirect_stdout(io.StringIO()) as said:
-            evaluation.main([*files, *more])
-        texts[f"{task}, {label}:"] = said.getvalue().strip()
-    return texts
 
 
 # -------------------------------------------------------------------------------- the command line
 
 
 def prepare(options: argparse.Namespace, out: Path) -> tuple[dict, data.Tokens]:
-    """Options of train.py for both runs, and the held-out tokens.
+    """Options of train.py for all runs, and the held-out tokens.
 
     Both sides of the text are written. What cannot work fails here, with a ValueError.
     """
-    for name in ("sequences", "limit"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise ValueError(f"--{name} is {getattr(options, name)}; it must be at least 1")
+    data.check_at_least(options, sequences=2, limit=1, seeds=1)
     for file in filter(None, (options.gsm8k, options.csqa)):
         if not Path(file).is_file():
             raise ValueError(f"there is no file {file}")
     training = training_options(options.training)
     training |= {"checkpoint": options.checkpoint, "data": [out / "train.jsonl"]}
     settings, _ = train.make_settings(training)
-    for name in RUNS:
-        same_settings(out / name / "settings.json", training)
+    for seed in range(options.seeds):
+        for arm in ARMS:
+            same_settings(out / f"seed{seed}" / arm / "settings.json", training | {"seed": seed})
     known, held_out = split_text(options.data)
     tokens = data.tokenize(held_out, load_tokenizer(options.checkpoint))
-    tokens.batch(0, 1, settings.context, 0, torch.device("cpu"))  # fails here if it is too short
+    tokens.batch(0, 2, settings.context, 0, torch.device("cpu"))  # fails here if it is too short
     out.mkdir(parents=True, exist_ok=True)
     for path, documents in ((out / "train.jsonl", known), (out / "held_out.jsonl", held_out)):
         text = "".join(json.dumps({"text": document}) + "\n" for document in documents)
@@ -177,25 +293,58 @@ def prepare(options: argparse.Namespace, out: Path) -> tuple[dict, data.Tokens]:
     return training, tokens
 
 
+def report(found: dict[str, list[dict]], thoughts: str) -> str:
+    """All of it as Markdown, from what measure found: {arm: a result for every seed}."""
+    nll = {(arm, way): np.array([x["nll"][way] for x in found[arm]], float) for arm, way in LABELS}
+    parts = [
+        f"Held-out text: {int((~np.isnan(nll['before', 'without'])).sum())} tokens of "
+        f"{nll['before', 'without'].shape[1]} sequences; loss in nats a token.",
+        show_losses(nll),
+        "Gains in nats a token, with 95 % intervals (the sequences drawn anew, the seeds as they "
+        "are), the gain of each seed, and how large a gain had to be to be seen in four of five "
+        "such runs (2.8 standard errors).",
+        "| | gain | interval | seeds | could be seen |\n|---|---|---|---|---|\n"
+        + "\n".join(show_difference(*pair, nll) for pair in DIFFERENCES),
+    ]
+    for second in (("thoughts", "without"), PLAIN):
+        parts.append(f"By the loss before training: {LABELS[THINKS]} against {LABELS[second]}.")
+        parts.append(show_gain(THINKS, second, nll))
+    for task in [task for task in evaluation.TASKS if task in found["before"][0]]:
+        parts.append("In %, means over the seeds, with 95 % intervals (the questions drawn anew).")
+        answers = {key: [x[task].get(key[1]) for x in found[key[0]]] for key in LABELS}
+        parts.append(show_task(task, {key: got for key, got in answers.items() if all(got)}))
+    parts.append("Thoughts in the middle of held-out sequences, seed 0, as they came:")
+    return "\n\n".join([*parts, thoughts]) + "\n"
+
+
 def run(options: argparse.Namespace) -> None:
-    """Split, train twice, compare."""
+    """Split, train, measure, compare."""
     out, device = Path(options.out), pick_device(options.device)
     training, tokens = prepare(options, out)
-    settings, thoughts = train.make_settings(training)
-    for name, experiment in RUNS.items():
-        print(f"run {out / name} on {device}")
-        train.train_thoughts(settings, thoughts, out / name, device, experiment.loss)
-    trained = [out / name / "quiet_star" for name in ("none", "thoughts")]
-    folders = [Path(options.checkpoint), *trained]  # of MODELS
-    count = min(options.sequences, len(tokens.ids) // settings.context)
-    ids, mask = tokens.batch(0, count, settings.context, 0, device)  # [n, T], drawn from all
-    report = text_report(folders, ids, mask, device, DTYPES[settings.dtype])
-    more = ["--dtype", settings.dtype, "--device", str(device)]
-    more += ["--limit", str(options.limit)] if options.limit else []
-    for task in ("gsm8k", "csqa"):
-        if file := getattr(options, task):
-            report |= task_report(task, file, folders, out, more)
-    text = "".join(f"{t}\n\n{textwrap.indent(x, '    ')}\n\n" for t, x in report.items())
+    settings, _ = train.make_settings(training)
+    T, count = settings.context, min(options.sequences, len(tokens.ids) // settings.context)
+    ids, mask = tokens.batch(0, count, T, 0, device)  # [n, T], drawn from all
+    positions = torch.randperm(T - 1, generator=torch.Generator().manual_seed(0))
+    positions = positions[: settings.positions].sort().values  # as many as in training
+    held_out = ids, mask, positions.to(device)
+
+    def measured(arm: str, folder: Path, name: str) -> dict:
+        print(f"measuring {name}")
+        more = {"model": str(folder), "data": None, "dtype": settings.dtype}
+        about = argparse.Namespace(**vars(options) | more)
+        return measure(arm, folder, out / name, about, held_out)
+
+    found = {"before": [measured("before", Path(options.checkpoint), "before")]}
+    for seed in range(options.seeds):
+        for arm, experiment in ARMS.items():
+            run = out / f"seed{seed}" / arm
+            print(f"run {run} on {device}")
+            chosen = train.make_settings(training | {"seed": seed})
+            train.train_thoughts(*chosen, run, device, experiment.loss)
+            result = measured(arm, run / "quiet_star", f"seed{seed}/{arm}")
+            found.setdefault(arm, []).append(result)
+    model, tokenizer = load(out / "seed0/thoughts/quiet_star", device, DTYPES[settings.dtype])
+    text = report(found, show_thoughts(model, tokenizer, ids[:THOUGHTS]))
     write_text(out / "report.md", text)
     print(text, end="")
 
@@ -207,6 +356,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--checkpoint", required=True, metavar="FOLDER", help="a pretrained model")
     add("--data", required=True, nargs="+", metavar="FILE", help="text to train on and hold out")
     add("--out", required=True, metavar="FOLDER", help="folder of the comparison")
+    add("--seeds", type=int, default=3, help="seeds 0, 1, ... (3)")
     add("--gsm8k", metavar="FILE", help="GSM8K's test questions, to be answered before and after")
     add("--csqa", metavar="FILE", help="CommonsenseQA's questions, likewise")
     add("--limit", type=int, metavar="N", help="of these, the first N only; none: all")

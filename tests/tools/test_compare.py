@@ -1,7 +1,10 @@
 """The comparison on a pretrained model: what is held out, what is compared, what is resumed."""
 
 import json
+import math
+import re
 
+import numpy as np
 import pytest
 import torch
 from tiny import random_ids, think_slowly, tiny_quiet_star
@@ -14,13 +17,13 @@ from tools import compare
 
 @pytest.fixture
 def files(tmp_path):
-    """A model, a text of 25 lines, and 20 questions."""
+    """A model, a text of 25 lines, and 20 questions, in the form of GSM8K's."""
     model = tiny_quiet_star(V=258).model
     save_mistral(model, tmp_path / "model")
     save_byte_tokenizer(tmp_path / "model")
     text, questions = tmp_path / "text.txt", tmp_path / "questions.jsonl"
     text.write_text("".join(f"Line {i}.\n" for i in range(25)))
-    pairs = [{"question": f"Is it {i}?", "answer": "Yes."} for i in range(20)]
+    pairs = [{"question": f"Is it {i}?", "answer": f"#### {i}"} for i in range(20)]
     questions.write_text("\n".join(map(json.dumps, pairs)))
     return model, [str(text), str(questions)]
 
@@ -29,8 +32,8 @@ def test_the_last_tenth_is_held_out(files):
     known, held_out = compare.split_text(files[1])
     assert known[0].splitlines() == [f"Line {i}." for i in range(23)]
     assert held_out[0] == "Line 23.\nLine 24.\n"
-    assert known[1:] == [f"Is it {i}?\nYes." for i in range(18)]
-    assert held_out[1:] == ["Is it 18?\nYes.", "Is it 19?\nYes."]
+    assert known[1:] == [f"Is it {i}?\n#### {i}" for i in range(18)]
+    assert held_out[1:] == ["Is it 18?\n#### 18", "Is it 19?\n#### 19"]
 
 
 def test_thoughts_equal_thinking_slowly(files, tmp_path):
@@ -44,58 +47,161 @@ def test_thoughts_equal_thinking_slowly(files, tmp_path):
         assert end in line
 
 
-def arguments(tmp_path, files, training="--steps 2 --batch-size 2 --context 12 --lr 1e-2"):
+def test_losses_equal_thinking_slowly(monkeypatch):
+    """Without, with greedy, with pause tokens; NaN where a text begins."""
+    monkeypatch.setattr(compare, "READ", 2)
+    model, ids = tiny_quiet_star(n_true=1), random_ids(3, 8)
+    mask, positions = torch.ones_like(ids, dtype=torch.bool), torch.tensor([1, 4])
+    mask[2, 5] = False
+    greedy = compare.held_out_nll(model, "thoughts", ids, mask, positions)
+    pause = compare.held_out_nll(model, "pause", ids, mask, positions)
+    alone = compare.held_out_nll(model, "none", ids, mask, positions)
+    assert [[*found] for found in (greedy, pause, alone)] == [
+        ["without", "with", "shuffled"],
+        ["without", "with"],
+        ["without"],
+    ]
+    for name in ("without", "with", "shuffled"):
+        assert greedy[name].isnan().tolist() == [[False, False], [False, False], [False, True]]
+    paused = tiny_quiet_star(n_true=1)  # which reads the start token as if it were a word
+    paused.model.embed_tokens.weight.data[0] = model.start_embedding * model.config.embedding_scale
+    paused.model.lm_head.weight = torch.nn.Parameter(model.model.lm_head.weight.detach().clone())
+    for row, text in enumerate(ids):
+        for place, j in enumerate(positions.tolist()):
+            if not mask[row, j + 1]:
+                continue
+            plain = -torch.log_softmax(model.model(text[None])[0, j], -1)[text[j + 1]].item()
+            slow = think_slowly(model, text, j, None)["nll"][0].item()
+            assert greedy["without"][row, place].item() == pytest.approx(plain, abs=1e-5)
+            assert alone["without"][row, place].item() == pytest.approx(plain, abs=1e-5)
+            assert greedy["with"][row, place].item() == pytest.approx(slow, abs=1e-5)
+            if 0 not in text[: j + 1]:
+                slow = think_slowly(paused, text, j, [0, 0, 0])["nll"][0].item()
+                assert pause["with"][row, place].item() == pytest.approx(slow, abs=1e-5)
+
+
+def test_shuffled_thoughts_are_those_of_other_positions():
+    """The same thoughts, each once, and not all where they came from."""
+    model, ids, seen = tiny_quiet_star(n_true=1), random_ids(4, 9), []
+    forward = compare.QuietStar.forward
+
+    class Watched(compare.QuietStar):
+        def forward(self, ids, thought_ids=None, **more):
+            output = forward(self, ids, thought_ids, **more)
+            seen.append(output.thought_ids.flatten(0, 2).tolist())
+            return output
+
+    model.__class__ = Watched
+    positions = torch.tensor([2, 3, 5])
+    compare.held_out_nll(model, "thoughts", ids, torch.ones_like(ids, dtype=bool), positions)
+    own, others = seen
+    assert sorted(own) == sorted(others)
+    assert own != others
+
+
+def test_pausing_thinks_start_tokens():
+    model, ids = tiny_quiet_star(), random_ids(2, 1)[:, 0]
+    thought = torch.full((2, 3), model.start_id)
+    cache, other = (compare.KVCache(model.model.config) for _ in range(2))
+    expected = model.think_last(ids, cache, thought)
+    for found, wanted in zip(compare.pausing(model).think_last(ids, other), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+    assert (model.think_last(ids, cache).thought_ids != thought).all()
+
+
+def test_a_difference_by_hand():
+    """Two seeds, two sequences of two tokens, one of them no target."""
+    nan = math.nan
+    first = np.array([[[1.0, 2.0], [3.0, nan]], [[1.5, 2.0], [2.0, nan]]])
+    second = np.array([[[2.0, 2.0], [3.5, nan]]])  # of the model before: one for both seeds
+    values, seeds = compare.difference(first, second)
+    assert values.tolist() == [0.375, 1.0]  # (1 + 0 + .5 + 0) / 4, (.5 + 1.5) / 2
+    assert seeds == [0.5, 0.875]  # (.5 + .5) / 2, (.25 + 1.5) / 2
+    keys = ("thoughts", "with"), ("none", "without")
+    row = compare.show_difference(*keys, dict(zip(keys, (first, second), strict=True)))
+    assert "| +0.6875 | +0.3750 .. +1.0000 | +0.5000 +0.8750 |" in row
+    seen = 2.8 * math.sqrt(2 * 0.3125**2 / (2 - 1)) / math.sqrt(2)
+    assert row.endswith(f"| {seen:.4f} |")
+
+
+def arguments(
+    tmp_path, files, training="--steps 2 --batch-size 2 --context 12 --lr 1e-2 --warmup 1"
+):
     options = ["--checkpoint", str(tmp_path / "model"), "--data", *files[1], "--device", "cpu"]
-    options += ["--out", str(tmp_path / "out"), "--gsm8k", files[1][1], "--limit", "7"]
-    return [*options, "--", *training.split(), "--thought-length", "2"]
+    options += ["--out", str(tmp_path / "out"), "--gsm8k", files[1][1], "--limit", "3"]
+    return [*options, "--seeds", "2", "--", *training.split(), "--thought-length", "2"]
+
+
+RUNS = [f"seed{seed}/{arm}" for seed in (0, 1) for arm in ("none", "pause", "thoughts")]
 
 
 def test_comparison(tmp_path, files, monkeypatch):
-    asked = []
-    monkeypatch.setattr(compare.evaluation, "main", lambda a: asked.append(a) or print("1 %"))
     compare.main(arguments(tmp_path, files))
-    report = (tmp_path / "out" / "report.md").read_text()
-    names = ("before", "trained on without thoughts", "Quiet-STaR, no", "Quiet-STaR, greedy")
-    losses = [float(report.split(name)[1].split("\n")[0].split()[-1]) for name in names]
-    assert len(set(losses)) == 4
+    out = tmp_path / "out"
+    report = (out / "report.md").read_text()
+    rows = re.findall(r"^\| ([^|]+) \| (\d+\.\d{4}) \| ([\d. ]+) \|$", report, re.MULTILINE)
+    assert [name for name, *_ in rows] == [*compare.LABELS.values()]
+    assert len({loss for _, loss, _ in rows}) == 7
+    assert [len(seeds.split()) for *_, seeds in rows] == [1, 2, 2, 2, 2, 2, 2]
 
-    held_out = "Line 23.\nLine 24.\n", "Is it 18?\nYes.", "Is it 19?\nYes."
+    held_out = "Line 23.\nLine 24.\n", "Is it 18?\n#### 18", "Is it 19?\n#### 19"
     ids = torch.tensor([token for text in held_out for token in text.encode()])
     nll = []
     for start in range(0, len(ids) - 11, 12):
         logp = torch.log_softmax(files[0](ids[None, start : start + 12])[0], -1)
         at = range(start + 1, start + 12)
-        nll += [-logp[i - start - 1, ids[i]] for i in at if i not in (18, 32)]  # a text begins
-    assert losses[0] == pytest.approx(torch.stack(nll).mean().item(), abs=1e-4)
+        nll += [-logp[i - start - 1, ids[i]] for i in at if i not in (18, 35)]  # a text begins
+    assert float(rows[0][1]) == pytest.approx(torch.stack(nll).mean().item(), abs=1e-4)
+    assert f"{len(nll)} tokens of {len(ids) // 12} sequences" in report
     assert report.count("thought '") + report.count('thought "') == len(ids) // 12
 
-    assert report.count("1 %") == 3
-    models = [tmp_path / "model", *(tmp_path / "out" / run / "quiet_star" for run in RUNS)]
-    assert [options[1] for options in asked] == [str(model) for model in models]
-    assert all(options[2:6] == ["--task", "gsm8k", "--data", files[1][1]] for options in asked)
-    assert all(options[-2:] == ["--limit", "7"] for options in asked)
-    assert len({options[7] for options in asked}) == 3
-    assert all(options[7].endswith(".jsonl") for options in asked)
+    task = report.split("| gsm8k |")[1].split("Thoughts in the middle")[0]
+    assert len(re.findall(r"^\| .* \[.*\] \| .* \[.*\] \|$", task, re.MULTILINE)) == 8
+    for name in ("before", *RUNS):
+        lines = (out / f"{name}-gsm8k.jsonl").read_text().splitlines()
+        assert len(lines) == 1 + 3
+        assert ("with thoughts" in lines[1]) == ("pause" in name or "thoughts" in name)
 
-    metrics = [(tmp_path / "out" / run / "metrics.jsonl").read_text() for run in RUNS]
-    compare.main(arguments(tmp_path, files))  # finished: nothing is trained again
-    assert metrics == [(tmp_path / "out" / run / "metrics.jsonl").read_text() for run in RUNS]
-
-
-RUNS = ("none", "thoughts")
-
-
-def test_a_comparison_keeps_its_settings(tmp_path, files, monkeypatch, capsys):
-    monkeypatch.setattr(compare.evaluation, "main", lambda a: None)
+    metrics = [(out / run / "metrics.jsonl").read_text() for run in RUNS]
+    times = [file.stat().st_mtime_ns for file in out.glob("seed*/*.json*")]
+    monkeypatch.setattr(compare, "held_out_nll", None)  # finished: nothing is done again
     compare.main(arguments(tmp_path, files))
+    assert metrics == [(out / run / "metrics.jsonl").read_text() for run in RUNS]
+    assert len(times) == 2 * len(RUNS)
+    assert report == (out / "report.md").read_text()
+
+
+def test_batches_are_the_same_and_reinforce_has_a_part_in_one(tmp_path, files, monkeypatch):
+    batch, drawn = compare.data.Tokens.batch, []
+
+    def watch(self, step, *rest):
+        drawn.append((step, *rest[:3]))
+        return batch(self, step, *rest)
+
+    monkeypatch.setattr(compare.data.Tokens, "batch", watch)
+    compare.main([*arguments(tmp_path, files), "--policy-weight", "0.5"])
+    drawn = [given for given in drawn if given[1] == 2 and given[2] == 12]
+    assert [drawn.count((step, 2, 12, seed)) for step in (0, 1) for seed in (0, 1)] == [4, 3, 3, 3]
+    for run in RUNS:
+        saved = json.loads((tmp_path / "out" / run / "settings.json").read_text())
+        assert saved["thoughts"]["policy_weight"] == 0.5
+        lines = (tmp_path / "out" / run / "metrics.jsonl").read_text().splitlines()
+        assert len(lines) == 2
+        last = json.loads(lines[-1])  # at first w = 1, and all thoughts are alike
+        assert ("reward" in last) == ("none" not in run)
+        assert (last.get("policy_loss", 0.0) != 0) == ("thoughts" in run)
+
+
+def test_a_comparison_keeps_its_settings(tmp_path, files, capsys):
+    compare.main([*arguments(tmp_path, files), "--steps", "1"])
     with pytest.raises(SystemExit) as stopped:
         compare.main(arguments(tmp_path, files, training="--steps 9"))
     assert stopped.value.code == 2
-    assert "thoughts/settings.json has other settings (" in capsys.readouterr().err
+    assert "seed0/none/settings.json has other settings (" in capsys.readouterr().err
     with open(files[1][0], "a") as text:
         text.write("One more line.\n" * 20)
     with pytest.raises(SystemExit) as stopped:
-        compare.main(arguments(tmp_path, files))
+        compare.main([*arguments(tmp_path, files), "--steps", "1"])
     assert stopped.value.code == 2
     assert "train.jsonl is of other --data" in capsys.readouterr().err
 
@@ -105,7 +211,7 @@ def test_bad_input(tmp_path, files, capsys):
     out = ["--out", str(tmp_path / "out")]
     for options, message in (
         (["--data", str(tmp_path / "short.txt")], "nothing can be held out"),
-        (["--data", *files[1], "--sequences", "0"], "--sequences is 0; it must be at least 1"),
+        (["--data", *files[1], "--sequences", "1"], "sequences is 1; it must be at least 2"),
         (["--data", *files[1], "--csqa", "nowhere"], "there is no file nowhere"),
     ):
         with pytest.raises(SystemExit) as stopped:
@@ -120,8 +226,9 @@ def test_bad_input(tmp_path, files, capsys):
     [
         (["--", "--context", "4000"], "one sequence needs 4000"),
         (["--", "--steps", "0"], "steps is 0"),
+        (["--", "--seed", "1"], "--seed behind -- is set by this script"),
         (["--", "--out", "x"], "--out behind -- is set by this script"),
-        (["--limit", "0"], "--limit is 0"),
+        (["--limit", "0"], "limit is 0"),
     ],
 )
 def test_what_cannot_work_fails_before_training(tmp_path, files, capsys, options, message):
@@ -133,21 +240,7 @@ def test_what_cannot_work_fails_before_training(tmp_path, files, capsys, options
     assert not (tmp_path / "out").exists()
 
 
-def test_reinforce_has_a_part_in_one_of_the_two(tmp_path, files, monkeypatch):
-    monkeypatch.setattr(compare.evaluation, "main", lambda a: None)
-    compare.main([*arguments(tmp_path, files), "--policy-weight", "0.5"])
-    saved = [(tmp_path / "out" / run / "settings.json").read_text() for run in RUNS]
-    assert all(json.loads(text)["thoughts"]["policy_weight"] == 0.5 for text in saved)
-    for run in RUNS:
-        lines = (tmp_path / "out" / run / "metrics.jsonl").read_text().splitlines()
-        assert len(lines) == 2
-        for line in map(json.loads, lines):
-            assert ("policy_loss" in line) == (run == "thoughts")
-            assert ("reward" in line) == (run == "thoughts")
-
-
-def test_a_model_that_thinks_already_can_be_compared(files, tmp_path, monkeypatch):
+def test_a_model_that_thinks_already_can_be_compared(files, tmp_path):
     save_quiet_star(tiny_quiet_star(V=258, thought_length=1), tmp_path / "model")
-    monkeypatch.setattr(compare.evaluation, "main", lambda a: print("1 %"))
     compare.main(arguments(tmp_path, files))
     assert "before" in (tmp_path / "out" / "report.md").read_text()
