@@ -158,10 +158,11 @@ def measure(
     if isinstance(model, Mistral):
         model = QuietStar(model, ThoughtConfig(thought_length=0))
     path = out.with_suffix(".json")
-    about = evaluation.about(options) | {"shape": [*held_out[0].shape, len(held_out[2])]}
-    if not path.exists() or read_json(path)["about"] != about:
+    about = evaluation.about(options)
+    shape = about | {"shape": [*held_out[0].shape, len(held_out[2])]}
+    if not path.exists() or read_json(path)["about"] != shape:
         nll = held_out_nll(model, arm, *held_out)
-        write_json(path, {"about": about, "nll": {way: x.tolist() for way, x in nll.items()}})
+        write_json(path, {"about": shape, "nll": {way: x.tolist() for way, x in nll.items()}})
     found = {"nll": read_json(path)["nll"]}
     answering = {"pause": pausing(model), "thoughts": model}.get(arm, model.model)
     for task in [task for task in evaluation.TASKS if getattr(options, task)]:
@@ -172,7 +173,8 @@ def measure(
             admissible=evaluation.admissible_tokens(tokenizer, task),
         )
         file = out.with_name(f"{out.name}-{task}.jsonl")
-        results = evaluation.answer_all(answering, questions, answer, file, about | {"task": task})
+        header = about | {"data": getattr(options, task)}
+        results = evaluation.answer_all(answering, questions, answer, file, header)
         ways = evaluation.ways_to_answer(answering)  # "without thoughts", "with thoughts"
         found[task] = {way.split()[0]: [result[way] for result in results] for way in ways}
     return found

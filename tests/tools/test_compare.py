@@ -124,12 +124,50 @@ def test_a_difference_by_hand():
     assert row.endswith(f"| {seen:.4f} |")
 
 
+def test_a_report_by_hand():
+    """Bins by the loss before; a task's gain, paired; of every seed its own."""
+    before = torch.arange(10.0).reshape(2, 5)  # [n, J]: each bin has two tokens
+    found = {
+        "before": [{"nll": {"without": before.tolist()}}],
+        "none": [],
+        "pause": [],
+        "thoughts": [],
+    }
+    for seed in (0, 1):
+        for arm, way in [*compare.LABELS][1:]:
+            nll = {
+                "without": before.flip(0, 1),
+                "with": before.flip(0, 1) - 0.1,
+                "shuffled": before,
+            }[way]
+            results = found[arm]
+            if len(results) == seed:
+                results.append({"nll": {}, "csqa": {}})
+            results[seed]["nll"][way] = (nll + seed).tolist()
+            percent = {"without": 0.25, "with": 0.75 + 0.25 * seed}.get(way)
+            if percent:
+                scores = {"answer_probability": percent, "letter_accuracy": 1}
+                results[seed]["csqa"][way] = [scores] * 3
+    scores = {"answer_probability": 0.5, "letter_accuracy": 0}
+    found["before"][0]["csqa"] = {"without": [scores] * 3}
+    text = compare.report(found, "    what was thought")
+    assert "10 tokens of 2 sequences" in text
+    hardest = [line.split()[-4:] for line in text.splitlines() if line.startswith("     8.000")]
+    assert hardest == [["2", "1.0000", "0.9000", "+0.1000"]] * 2
+    assert "| before | 50.00 [50.00, 50.00] | 0.00 [0.00, 0.00] |" in text
+    assert "| Quiet-STaR, greedy thoughts | 87.50 [87.50, 87.50] | 100.00 [" in text
+    gain = "62.50 [62.50, 62.50] | 0.00 [0.00, 0.00] |"
+    assert f"| Quiet-STaR, greedy thoughts - trained without thoughts | {gain}" in text
+    assert "| trained without thoughts | 5.0000 | 4.5000 5.5000 |" in text
+    assert text.endswith("    what was thought\n")
+
+
 def arguments(
     tmp_path, files, training="--steps 2 --batch-size 2 --context 12 --lr 1e-2 --warmup 1"
 ):
     options = ["--checkpoint", str(tmp_path / "model"), "--data", *files[1], "--device", "cpu"]
     options += ["--out", str(tmp_path / "out"), "--gsm8k", files[1][1], "--limit", "3"]
-    return [*options, "--seeds", "2", "--", *training.split(), "--thought-length", "2"]
+    return ["--seeds", "2", *options, "--", *training.split(), "--thought-length", "2"]
 
 
 RUNS = [f"seed{seed}/{arm}" for seed in (0, 1) for arm in ("none", "pause", "thoughts")]
@@ -162,6 +200,9 @@ def test_comparison(tmp_path, files, monkeypatch):
         assert len(lines) == 1 + 3
         assert ("with thoughts" in lines[1]) == ("pause" in name or "thoughts" in name)
 
+    compare.main(["--sequences", "2", *arguments(tmp_path, files)])
+    assert "of 2 sequences" in (out / "report.md").read_text()
+    compare.main(arguments(tmp_path, files))
     metrics = [(out / run / "metrics.jsonl").read_text() for run in RUNS]
     times = [file.stat().st_mtime_ns for file in out.glob("seed*/*.json*")]
     monkeypatch.setattr(compare, "held_out_nll", None)  # finished: nothing is done again
@@ -169,6 +210,14 @@ def test_comparison(tmp_path, files, monkeypatch):
     assert metrics == [(out / run / "metrics.jsonl").read_text() for run in RUNS]
     assert len(times) == 2 * len(RUNS)
     assert report == (out / "report.md").read_text()
+
+
+def test_questions_are_answered_after_pauses(tmp_path, files, monkeypatch):
+    monkeypatch.setattr(compare, "pausing", lambda model: model.model)
+    compare.main(arguments(tmp_path, files))
+    for arm in ("pause", "thoughts"):
+        line = (tmp_path / "out" / "seed0" / f"{arm}-gsm8k.jsonl").read_text().splitlines()[1]
+        assert ("with thoughts" in line) == (arm == "thoughts")
 
 
 def test_batches_are_the_same_and_reinforce_has_a_part_in_one(tmp_path, files, monkeypatch):
