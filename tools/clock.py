@@ -40,7 +40,7 @@ TEXTS = {  # share of the lines that have an aside, share of these that work; th
 BASE = {"steps": 300, "lr": 2e-4, "context": 64}  # of "works" and "hums": steps at most
 ABLE = 0.95  # share of the asides begun right that end so, with which a model goes on
 THOUGHTS = {  # what differs from the paper's settings
-    "lr": 1e-4, "mixing_lr": 1e-3, "cooldown": 0.5, "context": 64, "positions": 16,
+    "lr": 3e-5, "mixing_lr": 3e-4, "cooldown": 0.5, "context": 64, "positions": 16,
     "thought_length": data.ASIDE, "n_true": 1, "embedding_scale": 1.0,
     "reinforce_temperature": 1.0, "policy_weight": 10.0,
 }  # fmt: skip
