@@ -11,6 +11,7 @@ are train.py's, for all four. Started again, it continues what was stopped.
 """
 
 import argparse
+import os
 from functools import partial
 from pathlib import Path
 
@@ -92,32 +93,35 @@ def glance(model: QuietStar, tokenizer: Tokenizer, puzzles: evaluation.Puzzles, 
     return line, right >= ABLE and (hums >= 0.99 or not humming), {}
 
 
-def train_base(checkpoint: str, out: Path, more: dict, device: torch.device) -> Path:
-    """The folder of a plain model that can work in an aside, but hums."""
+def train_base(checkpoint: str, out: Path, more: dict, device: torch.device) -> None:
+    """Make OUT/hums/model, a plain model that can work in an aside, but hums."""
     kept = {name: more[name] for name in ("seed", "dtype") if name in more}
     for name in ("works", "hums"):
         run, folder = out / name, out / name / "model"
+        options = BASE | kept | {"checkpoint": checkpoint, "data": [out / f"{name}.txt"]}
+        same_settings(run / "settings.json", options)
         if not folder.exists():
-            options = BASE | kept | {"checkpoint": checkpoint, "data": [out / f"{name}.txt"]}
-            same_settings(run / "settings.json", options)
             tokenizer = load_tokenizer(checkpoint)
             puzzles = some(held_out_puzzles(tokenizer, device))
             watch = partial(glance, tokenizer=tokenizer, puzzles=puzzles, humming=name == "hums")
             print(f"run {run} on {device}")
             chosen = train.make_settings(options)
             model = train.train_thoughts(*chosen, run, device, plain_loss, glance=watch)
-            save_mistral(model.model, folder)
-            copy_tokenizer(run, folder)
+            new = run / "model.tmp"
+            save_mistral(model.model, new)
+            copy_tokenizer(run, new)
+            os.replace(new, folder)
         checkpoint = str(folder)
-    return folder
 
 
 def measure(result: Path, folder: Path, device: torch.device) -> None:
     """Write the scores of the model in a folder on the held-out puzzles, once."""
-    if not result.exists():
+    written = (folder / "model.safetensors").stat().st_mtime
+    if not result.exists() or read_json(result)["written"] != written:
         model, tokenizer = load(folder, device, torch.float32)
         table = evaluation.puzzle_table(model, tokenizer, held_out_puzzles(tokenizer, device))
-        write_json(result, {row: score._asdict() for row, score in table.items()})
+        scores = {row: score._asdict() for row, score in table.items()}
+        write_json(result, {"written": written, "table": scores})
 
 
 def show_tables(tables: dict[str, dict]) -> str:
@@ -137,27 +141,27 @@ def run(options: argparse.Namespace) -> None:
     """Teach the checkpoint to work aloud, train on in four ways, print the table."""
     out, device = Path(options.out), pick_device(options.device)
     more = training_options(options.training) | {"seed": options.seed}
+    base = out / "hums" / "model"
+    begins = THOUGHTS | more | {"checkpoint": base, "data": [out / "silent.txt"]}
+    arms = {name: begins | experiment.options for name, experiment in ARMS.items()}
+    for name, given in arms.items():  # of those that are not asked for too: one table has them all
+        same_settings(out / name / "settings.json", given)
     out.mkdir(parents=True, exist_ok=True)
     for name, shares in TEXTS.items():
         text = data.make_corpus(options.seed, LINES, *shares).replace(data.HUM, HUM)
         write_text(out / f"{name}.txt", text)
-    base = train_base(options.checkpoint, out, more, device)
+    train_base(options.checkpoint, out, more, device)
     measure(out / "hums.json", base, device)
+    tokenizer = load_tokenizer(base)
+    puzzles = some(held_out_puzzles(tokenizer, device))
+    watch = partial(evaluation.glance, tokenizer=tokenizer, puzzles=puzzles)
     for name in options.only:
-        given = THOUGHTS | more | EXPERIMENTS[name].options
-        given |= {"checkpoint": base, "data": [out / "silent.txt"]}
-        same_settings(out / name / "settings.json", given)
-        settings, thoughts = train.make_settings(given)
-        tokenizer = load_tokenizer(base)
-        puzzles = some(held_out_puzzles(tokenizer, device))
-        watch = partial(evaluation.glance, tokenizer=tokenizer, puzzles=puzzles)
         print(f"run {out / name} on {device}")
-        train.train_thoughts(
-            settings, thoughts, out / name, device, EXPERIMENTS[name].loss, glance=watch
-        )
+        chosen = train.make_settings(arms[name])
+        train.train_thoughts(*chosen, out / name, device, ARMS[name].loss, glance=watch)
         measure(out / f"{name}.json", out / name / "quiet_star", device)
     there = [name for name in LABELS if (out / f"{name}.json").exists()]
-    text = show_tables({name: read_json(out / f"{name}.json") for name in there})
+    text = show_tables({name: read_json(out / f"{name}.json")["table"] for name in there})
     write_text(out / "tables.md", text)
     print(text, end="")
 

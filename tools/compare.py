@@ -50,7 +50,7 @@ LABELS = {  # (model, what it thinks when it is evaluated): its name in the repo
     ("pause", "with"): "pause tokens",
     ("thoughts", "without"): "Quiet-STaR, no thoughts",
     ("thoughts", "with"): "Quiet-STaR, greedy thoughts",
-    ("thoughts", "shuffled"): "Quiet-STaR, thoughts of other positions",
+    ("thoughts", "shuffled"): "Quiet-STaR, thoughts of other sequences",
 }
 THINKS, PLAIN = ("thoughts", "with"), ("none", "without")
 DIFFERENCES = [  # first against second
@@ -123,24 +123,27 @@ def held_out_nll(
     """nll in nats [n, J] of the token after each of the positions [J]; NaN if it is no target.
 
     ids, target mask [n, T]. "without" a thought, and for those that think "with" a greedy one (or
-    the arm's pause tokens), "shuffled": with those of other positions and sequences.
+    the arm's pause tokens), "shuffled": with those of another sequence.
     """
     once, ways = evaluation.thinking_once(model), [way for name, way in LABELS if name == arm]
     if ways == ["without"]:
         once.config = replace(once.config, thought_length=0)
     parts: dict[str, list[Tensor]] = {way: [] for way in ways}
     generator, K = torch.Generator().manual_seed(0), once.config.thought_length
-    batches = list(zip(ids.split(READ), mask.split(READ), strict=True))
+    parts_of = max(len(ids) // READ, 1)  # so that no part has a single sequence
+    batches = list(zip(ids.tensor_split(parts_of), mask.tensor_split(parts_of), strict=True))
     for count, (part, targets) in enumerate(batches, 1):
         think = partial(once, part, positions=positions, target_mask=targets, temperature=0)
         shape = (len(part), 1, len(positions), K)
         output = think(part.new_full(shape, model.start_id) if arm == "pause" else None)
         nll = {"without": output.base_nll[:, positions], "with": output.talk_nll[0, :, 0]}
         if "shuffled" in ways:
-            order = torch.randperm(len(part) * len(positions), generator=generator)
-            others = output.thought_ids.reshape(-1, K)[order.to(part.device)]
-            nll["shuffled"] = think(others.view(shape)).talk_nll[0, :, 0]
+            order = torch.randperm(len(positions), generator=generator).to(part.device)
+            others = output.thought_ids.roll(1, 0)[:, :, order]  # of the sequence before
+            nll["shuffled"] = think(others).talk_nll[0, :, 0]
         for way in ways:
+            if not nll[way].isfinite().all():
+                raise ValueError("the losses are not finite: weights are broken")
             parts[way].append(nll[way].float().masked_fill(~output.valid[0], math.nan).cpu())
         line = f"held-out text: {count} of {len(batches)} batches"
         show_status(line, count, len(batches), sys.stderr)
@@ -160,7 +163,7 @@ def measure(
     path = out.with_suffix(".json")
     about = evaluation.about(options)
     shape = about | {"shape": [*held_out[0].shape, len(held_out[2])]}
-    if not path.exists() or read_json(path)["about"] != shape:
+    if not path.exists() or read_json(path).get("about") != shape:
         nll = held_out_nll(model, arm, *held_out)
         write_json(path, {"about": shape, "nll": {way: x.tolist() for way, x in nll.items()}})
     found = {"nll": read_json(path)["nll"]}
@@ -186,18 +189,23 @@ def measure(
 def difference(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, list[float]]:
     """How much lower the nll first is than second, both [seeds, n, J] or [1, n, J].
 
-    Returns the gain of every sequence [n], a mean over its tokens and the seeds, and of every seed.
+    Returns for every sequence the sum over its tokens, a mean over the seeds, in units that make
+    the mean over sequences the mean over all tokens [n]; and the mean gain of every seed.
     """
     gain = second - first  # paired: the same token, and the same seed
-    gain = np.nanmean(gain[:, ~np.isnan(gain).all(axis=(0, 2))], axis=2)  # [seeds, n]
-    return gain.mean(0), gain.mean(1).tolist()
+    tokens = (~np.isnan(gain[0])).sum(axis=1)  # [n]
+    values = np.nansum(gain, axis=2).mean(0) / tokens.mean()
+    return values, np.nanmean(gain, axis=(1, 2)).tolist()
 
 
 def show_difference(first, second, nll: dict) -> str:
     """A row: the gain of first over second, its interval, its seeds, and what could be seen."""
     values, seeds = difference(nll[first], nll[second])
     low, high = evaluation.bootstrap_interval(values)
-    seen = POWER * values.std(ddof=1) / math.sqrt(len(values))
+    variance = values.var(ddof=1) / len(values)
+    if len(seeds) > 1:
+        variance += np.var(seeds, ddof=1) / len(seeds)
+    seen = POWER * math.sqrt(variance)
     each = " ".join(f"{gain:+.4f}" for gain in seeds)
     cells = [f"{LABELS[first]} against {LABELS[second]}", f"{values.mean():+.4f}"]
     return f"| {' | '.join([*cells, f'{low:+.4f} .. {high:+.4f}', each, f'{seen:.4f}'])} |"
@@ -284,7 +292,11 @@ def prepare(options: argparse.Namespace, out: Path) -> tuple[dict, data.Tokens]:
             same_settings(out / f"seed{seed}" / arm / "settings.json", training | {"seed": seed})
     known, held_out = split_text(options.data)
     tokens = data.tokenize(held_out, load_tokenizer(options.checkpoint))
-    tokens.batch(0, 2, settings.context, 0, torch.device("cpu"))  # fails here if it is too short
+    if len(tokens.ids) < 2 * settings.context:
+        raise ValueError(
+            f"the text held out has {len(tokens.ids)} tokens; two sequences of {settings.context} "
+            "(context) are the least to compare on: give more --data"
+        )
     out.mkdir(parents=True, exist_ok=True)
     for path, documents in ((out / "train.jsonl", known), (out / "held_out.jsonl", held_out)):
         text = "".join(json.dumps({"text": document}) + "\n" for document in documents)
@@ -304,7 +316,7 @@ def report(found: dict[str, list[dict]], thoughts: str) -> str:
         show_losses(nll),
         "Gains in nats a token, with 95 % intervals (the sequences drawn anew, the seeds as they "
         "are), the gain of each seed, and how large a gain had to be to be seen in four of five "
-        "such runs (2.8 standard errors).",
+        "such runs (2.8 standard errors, of sequences and of seeds).",
         "| | gain | interval | seeds | could be seen |\n|---|---|---|---|---|\n"
         + "\n".join(show_difference(*pair, nll) for pair in DIFFERENCES),
     ]

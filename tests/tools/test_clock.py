@@ -85,7 +85,7 @@ def test_four_ways(folder, tmp_path, monkeypatch, capsys):
         policy[arm] = settings["thoughts"]["policy_weight"]
         model = load_quiet_star(out / arm / "quiet_star", torch.float32)
         scores = evaluation.puzzle_table(model, tokenizer, puzzles)
-        assert json.loads((out / f"{arm}.json").read_text()) == {
+        assert json.loads((out / f"{arm}.json").read_text())["table"] == {
             row: score._asdict() for row, score in scores.items()
         }
     assert policy == {"full": 10, "policy0": 0, "pause": 10, "none": 10}
@@ -97,13 +97,29 @@ def test_four_ways(folder, tmp_path, monkeypatch, capsys):
     assert hums["works"] == 0
     assert asides["hums"] > hums["hums"] > asides["hums"] / 2
 
+    (out / "hums" / "model" / "tokenizer.json").unlink()  # killed while it was written
+    (out / "hums" / "model").rename(out / "hums" / "model.tmp")
+    written = (out / "full.json").read_text()
+    (out / "full.json").write_text(written.replace('"written": 1', '"written": 2'))  # of another
+    clock.main(arguments(folder, tmp_path, "--only", "full"))
+    assert (out / "full.json").read_text() == written
+
     monkeypatch.setattr(evaluation, "puzzle_table", None)  # finished: nothing is done again
     clock.main(arguments(folder, tmp_path, "--only", "full"))
     assert (out / "tables.md").read_text().splitlines() == table
+    other_rate = [*arguments(folder, tmp_path, "--only", "none"), "--lr", "1"]
+    for given in (arguments(folder, tmp_path, "--seed", "1"), other_rate):
+        with pytest.raises(SystemExit) as stopped:
+            clock.main(given)
+        assert stopped.value.code == 2
+        assert "has other settings" in capsys.readouterr().err
+    (tmp_path / "other").mkdir()
+    for file in folder.iterdir():
+        (tmp_path / "other" / file.name).write_bytes(file.read_bytes())
     with pytest.raises(SystemExit) as stopped:
-        clock.main([*arguments(folder, tmp_path), "--lr", "1"])
+        clock.main(arguments(tmp_path / "other", tmp_path))
     assert stopped.value.code == 2
-    assert "has other settings" in capsys.readouterr().err
+    assert "works/settings.json has other settings" in capsys.readouterr().err
 
 
 def test_the_hum_must_be_tokens(folder, tmp_path, capsys):

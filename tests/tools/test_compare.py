@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -80,23 +81,26 @@ def test_losses_equal_thinking_slowly(monkeypatch):
                 assert pause["with"][row, place].item() == pytest.approx(slow, abs=1e-5)
 
 
-def test_shuffled_thoughts_are_those_of_other_positions():
-    """The same thoughts, each once, and not all where they came from."""
-    model, ids, seen = tiny_quiet_star(n_true=1), random_ids(4, 9), []
+def test_shuffled_thoughts_are_those_of_another_sequence(monkeypatch):
+    """The same thoughts, each once, none in the sequence it was thought in; no part is alone."""
+    monkeypatch.setattr(compare, "READ", 2)
+    model, ids, seen = tiny_quiet_star(n_true=1), random_ids(5, 9), []
     forward = compare.QuietStar.forward
 
     class Watched(compare.QuietStar):
         def forward(self, ids, thought_ids=None, **more):
             output = forward(self, ids, thought_ids, **more)
-            seen.append(output.thought_ids.flatten(0, 2).tolist())
+            seen.append(output.thought_ids[:, 0].tolist())
             return output
 
     model.__class__ = Watched
     positions = torch.tensor([2, 3, 5])
     compare.held_out_nll(model, "thoughts", ids, torch.ones_like(ids, dtype=bool), positions)
-    own, others = seen
-    assert sorted(own) == sorted(others)
-    assert own != others
+    for own, others in zip(seen[::2], seen[1::2], strict=True):
+        assert sorted(chain(*own)) == sorted(chain(*others))
+        for thoughts, forced in zip(own, others, strict=True):
+            assert not any(thought in thoughts for thought in forced)
+    assert [len(own) for own in seen] == [3, 3, 2, 2]
 
 
 def test_pausing_thinks_start_tokens():
@@ -115,12 +119,13 @@ def test_a_difference_by_hand():
     first = np.array([[[1.0, 2.0], [3.0, nan]], [[1.5, 2.0], [2.0, nan]]])
     second = np.array([[[2.0, 2.0], [3.5, nan]]])  # of the model before: one for both seeds
     values, seeds = compare.difference(first, second)
-    assert values.tolist() == [0.375, 1.0]  # (1 + 0 + .5 + 0) / 4, (.5 + 1.5) / 2
-    assert seeds == [0.5, 0.875]  # (.5 + .5) / 2, (.25 + 1.5) / 2
+    assert values == pytest.approx([0.75 / 1.5, 1 / 1.5])  # (1 + .5) / 2, (.5 + 1.5) / 2
+    assert seeds == pytest.approx([1.5 / 3, 2 / 3])
     keys = ("thoughts", "with"), ("none", "without")
     row = compare.show_difference(*keys, dict(zip(keys, (first, second), strict=True)))
-    assert "| +0.6875 | +0.3750 .. +1.0000 | +0.5000 +0.8750 |" in row
-    seen = 2.8 * math.sqrt(2 * 0.3125**2 / (2 - 1)) / math.sqrt(2)
+    assert "| +0.5833 | +0.5000 .. +0.6667 | +0.5000 +0.6667 |" in row
+    sequences = seeds = 2 * (1 / 12) ** 2 / (2 - 1)
+    seen = 2.8 * math.sqrt(sequences / 2 + seeds / 2)
     assert row.endswith(f"| {seen:.4f} |")
 
 
@@ -179,7 +184,7 @@ def test_comparison(tmp_path, files, monkeypatch):
     report = (out / "report.md").read_text()
     rows = re.findall(r"^\| ([^|]+) \| (\d+\.\d{4}) \| ([\d. ]+) \|$", report, re.MULTILINE)
     assert [name for name, *_ in rows] == [*compare.LABELS.values()]
-    assert len({loss for _, loss, _ in rows}) == 7
+    assert len({loss for _, loss, _ in rows}) >= 6  # a tiny model thinks the same everywhere
     assert [len(seeds.split()) for *_, seeds in rows] == [1, 2, 2, 2, 2, 2, 2]
 
     held_out = "Line 23.\nLine 24.\n", "Is it 18?\n#### 18", "Is it 19?\n#### 19"
@@ -230,7 +235,7 @@ def test_batches_are_the_same_and_reinforce_has_a_part_in_one(tmp_path, files, m
     monkeypatch.setattr(compare.data.Tokens, "batch", watch)
     compare.main([*arguments(tmp_path, files), "--policy-weight", "0.5"])
     drawn = [given for given in drawn if given[1] == 2 and given[2] == 12]
-    assert [drawn.count((step, 2, 12, seed)) for step in (0, 1) for seed in (0, 1)] == [4, 3, 3, 3]
+    assert [drawn.count((step, 2, 12, seed)) for step in (0, 1) for seed in (0, 1)] == [3, 3, 3, 3]
     for run in RUNS:
         saved = json.loads((tmp_path / "out" / run / "settings.json").read_text())
         assert saved["thoughts"]["policy_weight"] == 0.5
@@ -273,7 +278,7 @@ def test_bad_input(tmp_path, files, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--", "--context", "4000"], "one sequence needs 4000"),
+        (["--", "--context", "4000"], "two sequences of 4000"),
         (["--", "--steps", "0"], "steps is 0"),
         (["--", "--seed", "1"], "--seed behind -- is set by this script"),
         (["--", "--out", "x"], "--out behind -- is set by this script"),
