@@ -117,7 +117,7 @@ def train_base(checkpoint: str, out: Path, more: dict, device: torch.device) -> 
 def measure(result: Path, folder: Path, device: torch.device) -> None:
     """Write the scores of the model in a folder on the held-out puzzles, once."""
     written = (folder / "model.safetensors").stat().st_mtime
-    if not result.exists() or read_json(result)["written"] != written:
+    if not result.exists() or read_json(result).get("written") != written:
         model, tokenizer = load(folder, device, torch.float32)
         table = evaluation.puzzle_table(model, tokenizer, held_out_puzzles(tokenizer, device))
         scores = {row: score._asdict() for row, score in table.items()}
@@ -145,15 +145,16 @@ def run(options: argparse.Namespace) -> None:
     begins = THOUGHTS | more | {"checkpoint": base, "data": [out / "silent.txt"]}
     arms = {name: begins | experiment.options for name, experiment in ARMS.items()}
     for name, given in arms.items():  # of those that are not asked for too: one table has them all
+        train.make_settings(given)
         same_settings(out / name / "settings.json", given)
+    tokenizer = load_tokenizer(options.checkpoint)
+    puzzles = some(held_out_puzzles(tokenizer, device))
     out.mkdir(parents=True, exist_ok=True)
     for name, shares in TEXTS.items():
         text = data.make_corpus(options.seed, LINES, *shares).replace(data.HUM, HUM)
         write_text(out / f"{name}.txt", text)
     train_base(options.checkpoint, out, more, device)
     measure(out / "hums.json", base, device)
-    tokenizer = load_tokenizer(base)
-    puzzles = some(held_out_puzzles(tokenizer, device))
     watch = partial(evaluation.glance, tokenizer=tokenizer, puzzles=puzzles)
     for name in options.only:
         print(f"run {out / name} on {device}")

@@ -122,6 +122,22 @@ def test_four_ways(folder, tmp_path, monkeypatch, capsys):
     assert "works/settings.json has other settings" in capsys.readouterr().err
 
 
+def test_what_cannot_work_fails_before_training(folder, tmp_path, capsys):
+    given = arguments(folder, tmp_path)
+    other = arguments(tmp_path / "nowhere", tmp_path)
+    for bad, message in (
+        ([*given, "--steps", "0"], "steps is 0"),
+        ([*given, "--seed", "1"], "--seed behind -- is set by this script"),
+        (["--seed", "-1", *given], "seed is -1"),
+        (other, "nowhere does not exist"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            clock.main(bad)
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+
 def test_the_hum_must_be_tokens(folder, tmp_path, capsys):
     save_byte_tokenizer(folder)
     save_mistral(tiny_mistral(V=258), folder)
