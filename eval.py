@@ -152,6 +152,14 @@ def puzzle_table(
 
 
 @torch.no_grad()
+def asides(model: Mistral, puzzles: Puzzles, tokenizer: Tokenizer) -> tuple[float, float]:
+    """Of a model's asides the share that hums, and of those begun right the share that ends so."""
+    hums = (aloud(model, puzzles, tokenizer, begun=False)[0] == puzzles.hum).all(1)
+    right = score(aloud(model, puzzles, tokenizer, begun=True)[1], puzzles).right
+    return hums.float().mean().item(), right
+
+
+@torch.no_grad()
 def glance(
     model: Mistral | QuietStar, tokenizer: Tokenizer, puzzles: Puzzles | None = None
 ) -> tuple[str, bool, dict]:
@@ -163,9 +171,7 @@ def glance(
     device = next(model.parameters()).device
     puzzles = puzzles or held_out_puzzles(tokenizer, device, repeats=1)
     if isinstance(model, Mistral):
-        hums = (aloud(model, puzzles, tokenizer, begun=False)[0] == puzzles.hum).all(1)
-        hums = hums.float().mean().item()
-        right = score(aloud(model, puzzles, tokenizer, begun=True)[1], puzzles).right
+        hums, right = asides(model, puzzles, tokenizer)
         line = (
             f"hums in {100 * hums:3.0f} % of its asides; begun right, {100 * right:3.0f} % end so"
         )
@@ -458,14 +464,20 @@ def results_file(options: argparse.Namespace, task: str) -> Path:
     return Path(options.out or f"runs/{name}.jsonl")
 
 
+def answer_task(
+    model: Mistral | QuietStar, tokenizer: Tokenizer, task: str, header: dict, out: Path
+) -> list[dict]:
+    """answer_all of a task's questions, those of data and limit in the header, at once."""
+    questions = read_questions(header["data"], task, header["limit"])
+    admissible = admissible_tokens(tokenizer, task)
+    answer = partial(answer_at_once, tokenizer=tokenizer, admissible=admissible)
+    return answer_all(model, questions, answer, out, header)
+
+
 def run_task(model: Mistral | QuietStar, tokenizer: Tokenizer, options) -> None:
     """Answer a task's questions in every way, and print the scores."""
-    questions = read_questions(options.data, options.task, options.limit)
-    admissible = admissible_tokens(tokenizer, options.task)
-    answer = partial(answer_at_once, tokenizer=tokenizer, admissible=admissible)
-    header = about(options)
     out = results_file(options, options.task)
-    results = answer_all(model, questions, answer, out, header)
+    results = answer_task(model, tokenizer, options.task, about(options), out)
     print(show_scores(options.task, results, SCORES))
     print(f"a line for each question is in {out}")
 

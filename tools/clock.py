@@ -27,7 +27,7 @@ from sample import execute, load, make_parser, pick_device
 from thoughts import QuietStar
 from tokenizer import Tokenizer, load_tokenizer
 from tools.compare import training_options
-from tools.experiments import COLUMNS, EXPERIMENTS, same_settings
+from tools.experiments import COLUMNS, EXPERIMENTS, same_settings, score_cells
 from tools.objectives import plain_loss
 
 HUM = " um" * data.ASIDE  # in place of the clock's, of which other tokenizers make few tokens
@@ -84,16 +84,19 @@ def glance(model: QuietStar, tokenizer: Tokenizer, puzzles: evaluation.Puzzles, 
     """Something to watch while the model learns to work or to hum, whether it can, and {}."""
     plain = model.model
     at_once = evaluation.score(plain(puzzles.ids)[:, -1], puzzles).right
-    said, _ = evaluation.aloud(plain, puzzles, tokenizer, begun=False)
-    hums = (said == puzzles.hum).all(1).float().mean().item()
-    right = evaluation.score(
-        evaluation.aloud(plain, puzzles, tokenizer, begun=True)[1], puzzles
-    ).right
+    hums, right = evaluation.asides(plain, puzzles, tokenizer)
     line = f"right at once {at_once:.2f}, after an aside begun right {right:.2f}; hums {hums:.2f}"
     return line, right >= ABLE and (hums >= 0.99 or not humming), {}
 
 
-def train_base(checkpoint: str, out: Path, more: dict, device: torch.device) -> None:
+def train_base(
+    checkpoint: str,
+    out: Path,
+    more: dict,
+    device: torch.device,
+    tokenizer: Tokenizer,
+    puzzles: evaluation.Puzzles,
+) -> None:
     """Make OUT/hums/model, a plain model that can work in an aside, but hums."""
     kept = {name: more[name] for name in ("seed", "dtype") if name in more}
     for name in ("works", "hums"):
@@ -101,8 +104,6 @@ def train_base(checkpoint: str, out: Path, more: dict, device: torch.device) -> 
         options = BASE | kept | {"checkpoint": checkpoint, "data": [out / f"{name}.txt"]}
         same_settings(run / "settings.json", options)
         if not folder.exists():
-            tokenizer = load_tokenizer(checkpoint)
-            puzzles = some(held_out_puzzles(tokenizer, device))
             watch = partial(glance, tokenizer=tokenizer, puzzles=puzzles, humming=name == "hums")
             print(f"run {run} on {device}")
             chosen = train.make_settings(options)
@@ -128,12 +129,7 @@ def show_tables(tables: dict[str, dict]) -> str:
     """Scores of several models as a table in Markdown."""
     lines = [f"| | {' | '.join(COLUMNS)} |", "|" + "---|" * (len(COLUMNS) + 1)]
     for name, table in tables.items():
-        cells = [LABELS[name]]
-        for row, field in COLUMNS.values():
-            score = table.get(row)
-            digits, factor = (1, 100) if field == "right" else (3, 1)
-            cells.append(f"{factor * score[field]:.{digits}f}" if score else "-")
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join([LABELS[name], *score_cells([table])])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -153,7 +149,7 @@ def run(options: argparse.Namespace) -> None:
     for name, shares in TEXTS.items():
         text = data.make_corpus(options.seed, LINES, *shares).replace(data.HUM, HUM)
         write_text(out / f"{name}.txt", text)
-    train_base(options.checkpoint, out, more, device)
+    train_base(options.checkpoint, out, more, device, tokenizer, puzzles)
     measure(out / "hums.json", base, device)
     watch = partial(evaluation.glance, tokenizer=tokenizer, puzzles=puzzles)
     for name in options.only:

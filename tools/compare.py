@@ -169,15 +169,9 @@ def measure(
     found = {"nll": read_json(path)["nll"]}
     answering = {"pause": pausing(model), "thoughts": model}.get(arm, model.model)
     for task in [task for task in evaluation.TASKS if getattr(options, task)]:
-        questions = evaluation.read_questions(getattr(options, task), task, options.limit)
-        answer = partial(
-            evaluation.answer_at_once,
-            tokenizer=tokenizer,
-            admissible=evaluation.admissible_tokens(tokenizer, task),
-        )
         file = out.with_name(f"{out.name}-{task}.jsonl")
         header = about | {"data": getattr(options, task)}
-        results = evaluation.answer_all(answering, questions, answer, file, header)
+        results = evaluation.answer_task(answering, tokenizer, task, header, file)
         ways = evaluation.ways_to_answer(answering)  # "without thoughts", "with thoughts"
         found[task] = {way.split()[0]: [result[way] for result in results] for way in ways}
     return found

@@ -296,16 +296,22 @@ def mean_and_spread(numbers: list[float], digits: int) -> str:
     return f"{statistics.mean(numbers):.{digits}f}{spread}"
 
 
+def score_cells(tables: list[dict]) -> list[str]:
+    """Mean and spread of every column of COLUMNS over evaluation.puzzle_table of several runs."""
+    cells = []
+    for row, field in COLUMNS.values():
+        factor, digits = (100, 1) if field == "right" else (1, 3)  # percent, or nats
+        numbers = [factor * table[row][field] for table in tables if row in table]
+        cells.append(mean_and_spread(numbers, digits) if numbers else "-")
+    return cells
+
+
 def table_row(label: str, name: str, results: list[dict]) -> str:
     """A line of a Markdown table: mean and spread of every column over the seeds."""
     chain = [job.name for job in with_those_before([Job(Path(), name, 0)]) if job.before()]
     cost = sum(EXPERIMENTS[name].tokens() for name in chain) / Experiment().tokens()
     cells = [label, str(len(results)), f"{cost:.2f}" if chain else "-"]
-    for row, field in COLUMNS.values():
-        factor, digits = (100, 1) if field == "right" else (1, 3)  # percent, or nats
-        tables = [result["table"] for result in results if row in result["table"]]
-        numbers = [factor * table[row][field] for table in tables]
-        cells.append(mean_and_spread(numbers, digits) if numbers else "-")
+    cells += score_cells([result["table"] for result in results])
     return f"| {' | '.join(cells)} |"
 
 
