@@ -17,11 +17,9 @@ authors' prompts (eval_helpers.py; python -m tools.chains lets chains of thought
 import argparse
 import copy
 import io
-import json
 import math
 import re
 import sys
-import time
 from contextlib import redirect_stderr
 from dataclasses import replace
 from decimal import Decimal
@@ -34,11 +32,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import data
-from model import KVCache, Mistral
-from sample import DTYPES, execute, generate, load, make_parser, pick_device, show_status, write
+from model import KVCache, Mistral, check_at_least
+from sample import generate, write
+from support import corpus
+from support.checkpoints import load
+from support.device import DTYPES, pick_device
+from support.files import read_json_lines
+from support.results import about, answer_all, results_file
+from support.terminal import execute, make_parser, show_status
+from support.text import Tokens, read_documents, tokenize
+from support.tokenizer import Tokenizer
 from thoughts import Prediction, QuietStar
-from tokenizer import Tokenizer
 
 # ------------------------------------------------------------------------------------- the puzzles
 
@@ -63,17 +67,17 @@ class Score(NamedTuple):
 def held_out_puzzles(tokenizer: Tokenizer, device: torch.device, repeats: int = 3) -> Puzzles:
     """Every held-out puzzle, `repeats` times after different lines."""
     rng = np.random.default_rng(0)
-    known = data.all_puzzles(held_out=False)
+    known = corpus.all_puzzles(held_out=False)
     rows, answers, work = [], [], []
-    for moves in np.tile(data.all_puzzles(held_out=True), (repeats, 1)):
-        before = "".join(data.puzzle_line(known[i]) for i in rng.integers(len(known), size=3))
-        asked, answer = data.puzzle_line(moves).strip().split("=")
+    for moves in np.tile(corpus.all_puzzles(held_out=True), (repeats, 1)):
+        before = "".join(corpus.puzzle_line(known[i]) for i in rng.integers(len(known), size=3))
+        asked, answer = corpus.puzzle_line(moves).strip().split("=")
         rows.append(tokenizer.encode("\n" + before + asked + "="))
-        answers.append(data.ANSWERS.index(answer))
-        work.append(tokenizer.encode(data.explanation(moves)))
-    candidates = [tokenizer.token_id(answer) for answer in data.ANSWERS]
+        answers.append(corpus.ANSWERS.index(answer))
+        work.append(tokenizer.encode(corpus.explanation(moves)))
+    candidates = [tokenizer.token_id(answer) for answer in corpus.ANSWERS]
     tensors = (torch.tensor(x, device=device) for x in (rows, answers, work, candidates))
-    return Puzzles(*tensors, tokenizer.token_id(data.HUM[0]))
+    return Puzzles(*tensors, tokenizer.token_id(corpus.HUM[0]))
 
 
 def score(logits: Tensor, puzzles: Puzzles) -> Score:
@@ -160,7 +164,7 @@ def asides(model: Mistral, puzzles: Puzzles, tokenizer: Tokenizer) -> tuple[floa
 
 
 @torch.no_grad()
-def glance(
+def look_at_puzzles(
     model: Mistral | QuietStar, tokenizer: Tokenizer, puzzles: Puzzles | None = None
 ) -> tuple[str, bool, dict]:
     """Something to watch while a model trains on the puzzles, whether it is trained enough, and {}.
@@ -222,16 +226,22 @@ def text_nll(
     return torch.cat(base), torch.cat(talk)
 
 
-def glance_at_text(model: QuietStar, ids: Tensor, is_target: Tensor) -> tuple[str, bool, dict]:
-    """The same for a model that trains on text: metrics of held-out sequences ids, targets [n, T].
+def text_look(held_out: Tokens, sequences: int, context: int, device: torch.device):
+    """look(model) for train.train: metrics of held-out text, on the same sequences every time.
 
-    They draw no random numbers, so the training goes on as without them.
+    It draws no random numbers, so the training is the same as without it.
     """
-    with redirect_stderr(io.StringIO()):  # the status line is the training's
-        nlls = text_nll(model, ids.flatten(), is_target.flatten(), ids.shape[1])
-    init_nll, talk_nll = (nll.mean().item() for nll in nlls)
-    line = f"held-out text: nll {init_nll:.4f} without thoughts, {talk_nll:.4f} with"
-    return line, False, {"eval_init_nll": init_nll, "eval_talk_nll": talk_nll}
+    count = max(1, min(sequences, len(held_out.ids) // context))
+    ids, is_target = held_out.batch(0, count, context, 0, device)  # [count, T], from all of it
+
+    def look(model: QuietStar) -> tuple[str, bool, dict]:
+        with redirect_stderr(io.StringIO()):  # the status line is the training's
+            nlls = text_nll(model, ids.flatten(), is_target.flatten(), context)
+        init_nll, talk_nll = (nll.mean().item() for nll in nlls)
+        line = f"held-out text: nll {init_nll:.4f} without thoughts, {talk_nll:.4f} with"
+        return line, False, {"eval_init_nll": init_nll, "eval_talk_nll": talk_nll}
+
+    return look
 
 
 def show_text(base: Tensor, talk: Tensor, by: Tensor | None = None, bins: int = 5) -> str:
@@ -307,7 +317,7 @@ TASKS = {"gsm8k": gsm8k_question, "csqa": csqa_question}
 
 def read_questions(path: str | Path, task: str, limit: int | None = None) -> list[Question]:
     """The first `limit` questions in a data set's own JSON lines; ValueError names a bad line."""
-    questions, records = [], data.read_json_lines(path)[:limit]
+    questions, records = [], read_json_lines(path)[:limit]
     if not records or (limit or 1) < 1:
         raise ValueError(f"{path} is without questions, or limit is {limit}: give at least one")
     for where, record in records:
@@ -398,38 +408,6 @@ def ways_to_answer(model: Mistral | QuietStar) -> dict[str, Mistral | QuietStar]
     return {"without thoughts": model.model, "with thoughts": model}
 
 
-def answer_all(
-    model: Mistral | QuietStar, questions: list[Question], answer, path: Path, header: dict
-) -> list[dict]:
-    """answer(model, question) in every way, a JSON line for each question in a file.
-
-    A file that is there is continued; ValueError if its header says it is of something else.
-    """
-    head, ways = json.dumps(header) + "\n", ways_to_answer(model)
-    text = path.read_text(encoding="utf-8") if path.exists() else head
-    if not text.startswith(head):
-        raise ValueError(f"{path} has other results than of {header}; give another --out")
-    text = text[: text.rindex("\n") + 1]  # without what a killed run may have half written
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data.write_text(path, text)
-    results, total = [], len(questions)
-    for number, line in enumerate(text.splitlines()[1:]):
-        results.append(data.json_object(line, f"{path}, line {number + 2}"))
-        if results[-1].keys() != {"question", "expected", *ways}:
-            raise ValueError(f"{path}, line {number + 2} is no result; delete the file")
-    began, before = time.perf_counter(), len(results)
-    with path.open("a", encoding="utf-8") as file:
-        for question in questions[before:]:
-            answers = {way: answer(answering, question) for way, answering in ways.items()}
-            results.append({"question": question.number, "expected": question.answer, **answers})
-            file.write(json.dumps(results[-1]) + "\n")
-            file.flush()
-            done = len(results)
-            left = (time.perf_counter() - began) / (done - before) * (total - done)
-            show_status(f"{done} of {total} questions  {left:.0f} s left", done, total, sys.stderr)
-    return results
-
-
 def bootstrap_interval(values: np.ndarray, resamples: int = 2000) -> tuple[float, float]:
     """The 95 % percentile interval of the mean of values [questions], questions drawn anew."""
     drawn = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
@@ -451,19 +429,6 @@ def show_scores(title: str, results: list[dict], scores: dict[str, str]) -> str:
     return "\n".join([*lines, "In brackets: 95 % intervals, by drawing the questions anew."])
 
 
-def about(options: argparse.Namespace) -> dict:
-    """What results are of: the model as it was last written, the data, the computation."""
-    written = max(file.stat().st_mtime for file in Path(options.model).glob("*.safetensors"))
-    names = ("model", "data", "limit", "dtype")
-    return {name: getattr(options, name) for name in names} | {"written": written}
-
-
-def results_file(options: argparse.Namespace, task: str) -> Path:
-    """Where the answers to a task go without --out: a name of the run's folder and the model's."""
-    name = "-".join([*Path(options.model).resolve().parts[-2:], task])
-    return Path(options.out or f"runs/{name}.jsonl")
-
-
 def answer_task(
     model: Mistral | QuietStar, tokenizer: Tokenizer, task: str, header: dict, out: Path
 ) -> list[dict]:
@@ -471,7 +436,7 @@ def answer_task(
     questions = read_questions(header["data"], task, header["limit"])
     admissible = admissible_tokens(tokenizer, task)
     answer = partial(answer_at_once, tokenizer=tokenizer, admissible=admissible)
-    return answer_all(model, questions, answer, out, header)
+    return answer_all(ways_to_answer(model), questions, answer, out, header)
 
 
 def run_task(model: Mistral | QuietStar, tokenizer: Tokenizer, options) -> None:
@@ -493,13 +458,13 @@ def run(options: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} means nothing without --{of[name]}")
     if options.task and (options.data is None or options.text):
         raise ValueError("--task needs --data, the file of its questions, and no --text")
-    data.check_at_least(options, context=2, max_tokens=2, limit=1)
+    check_at_least(options, context=2, max_tokens=2, limit=1)
     device, dtype = pick_device(options.device), options.dtype and DTYPES[options.dtype]
     model, tokenizer = load(options.model, device, dtype)
     if options.task:
         run_task(model, tokenizer, options)
     elif options.text is None:
-        if tokenizer.vocab_size != data.VOCAB:
+        if tokenizer.vocab_size != corpus.VOCAB:
             raise ValueError(
                 f"{options.model} is not of the built-in corpus: give --text or --task"
             )
@@ -507,7 +472,7 @@ def run(options: argparse.Namespace) -> None:
     elif not isinstance(model, QuietStar):
         raise ValueError(f"{options.model} is a plain model; --text compares with thoughts")
     else:
-        tokens = data.tokenize(data.read_documents([options.text]), tokenizer)
+        tokens = tokenize(read_documents([options.text]), tokenizer)
         ids, mask = (x[: options.max_tokens].to(device) for x in (tokens.ids, tokens.is_target))
         print(show_text(*text_nll(model, ids, mask, options.context or 256)))
 

@@ -1,22 +1,25 @@
-"""A Mistral-compatible transformer that reads and writes Mistral's and Hugging Face's checkpoints.
+"""A Mistral-compatible transformer in plain PyTorch.
 
-The architecture of Mistral 7B (Jiang et al. 2023, arXiv 2310.06825): RMSNorm, rotary positions,
-grouped-query attention in a sliding window, SwiGLU. Its relatives load too: Llama (no window, from
-3.1 on scaled rotary positions), Qwen2 (biases on q, k and v) and Qwen3 (norms on q and k).
+The architecture is that of Mistral 7B (Jiang et al. 2023, arXiv 2310.06825): RMSNorm, rotary
+position embeddings, grouped-query attention with a sliding window, SwiGLU. Three switches cover
+its relatives: scaled rotary positions (Llama 3.1), biases on q, k and v (Qwen2), norms on q and k
+(Qwen3).
 
-What a query sees is decided by a cache: KVCache for the text, ThoughtCache in thoughts.py for
-thoughts. So there is one layer and one loop over layers for both.
+A cache decides which keys a query attends to: KVCache for text, ThoughtCache (thoughts.py) for
+thoughts. Layers and the loop over layers are the same for both.
 
 Letters of the shape comments, here and in thoughts.py:
     B, T      sequences in a batch, positions in a sequence
-    S         keys that a query can look back on, T of them new (S = T where the text begins)
-    V, D      vocabulary, width
-    H, Hkv    heads of queries, heads of keys and values (H is a multiple of Hkv)
+    S         keys that a query may attend to, T of them new (S = T at the start of a text)
+    V, D      vocabulary size, hidden size
+    H, Hkv    query heads, key/value heads (H is a multiple of Hkv)
     Dh        size of a head
 
-The file reads bottom-up: config, attention, layers, model, then reading and writing checkpoints.
+The file reads bottom-up: config, attention, layers, model, then loading and saving. It imports
+nothing else of this repository.
 """
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -25,21 +28,29 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import formats
-from data import check_at_least, settings_from, write_file, write_json
+ACTIVATION = F.silu  # of the MLP; config.json stores its name as hidden_act
+
+
+def check_at_least(settings: object, **least: float) -> None:
+    """Raise ValueError for the first setting below its least value. None is always allowed."""
+    for name, smallest in least.items():
+        value = getattr(settings, name)
+        if value is not None and not value >= smallest:  # "not >=": NaN is refused too
+            raise ValueError(f"{name} is {value}; it must be at least {smallest}")
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Rotary positions of Llama 3.1, stretched for longer texts than it first learned."""
+    """Scaled rotary positions of Llama 3.1, which extend a model to longer texts."""
 
-    factor: float  # how much longer slow turns take
-    low_freq_factor: float  # at most so many turns in a text of the original length: slow
-    high_freq_factor: float  # at least so many: kept as they are
-    original_max_position_embeddings: int
+    factor: float  # low frequencies are divided by this
+    low_freq_factor: float  # a frequency is low if it turns at most this often in a text of the
+    high_freq_factor: float  # original length; it is kept if it turns at least this often
+    original_max_position_embeddings: int  # the original length, in tokens
     rope_type: str = "llama3"
 
     def __post_init__(self):
@@ -49,21 +60,21 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class MistralConfig:
-    """The shape of a model, with the names of config.json."""
+    """The shape of a model. Names are those of config.json."""
 
     vocab_size: int  # V
     hidden_size: int  # D
-    intermediate_size: int  # width inside the MLP
+    intermediate_size: int  # width of the MLP
     num_hidden_layers: int
     num_attention_heads: int  # H
     num_key_value_heads: int  # Hkv
     head_dim: int | None = None  # Dh; None: hidden_size / num_attention_heads
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    sliding_window: int | None = None  # keys a query sees, itself included; None: all
-    tie_word_embeddings: bool = False
-    max_position_embeddings: int = 32768  # what it was trained on; this and the two ids below
-    bos_token_id: int | None = None  # are kept for the tokenizer and for other tools
+    sliding_window: int | None = None  # keys that a query attends to, its own included; None: all
+    tie_word_embeddings: bool = False  # whether lm_head is the embedding matrix
+    max_position_embeddings: int = 32768  # not used here: for the tokenizer and other tools,
+    bos_token_id: int | None = None  # as these two ids are
     eos_token_id: int | list[int] | None = None
     rope_scaling: RopeScaling | None = None
     model_type: str = "mistral"  # or llama, qwen2, qwen3
@@ -72,12 +83,13 @@ class MistralConfig:
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         if self.head_dim is None:
             object.__setattr__(self, "head_dim", self.hidden_size // max(heads, 1))
-        for name in [field.name for field in fields(self)[:7]]:  # three multiplied: below 2**63
+        for name in [field.name for field in fields(self)[:7]]:  # a product of three is < 2**63
             if not 1 <= getattr(self, name) <= 2**20:
                 raise ValueError(f"{name} is {getattr(self, name)}; allowed are 1 to {2**20}")
         if heads % kv_heads or self.head_dim % 2:
             raise ValueError(
-                f"{heads} heads are no multiple of {kv_heads}, or {self.head_dim} is odd"
+                f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads "
+                f"({kv_heads}), and head_dim ({self.head_dim}) must be even"
             )
         check_at_least(self, sliding_window=1, rms_norm_eps=1e-12, rope_theta=1e-3)
         eos = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
@@ -89,10 +101,10 @@ class MistralConfig:
 # ---------------------------------------------------------------------------------- attention
 
 
-def stretch(radian: Tensor, scaling: RopeScaling) -> Tensor:
-    """How many positions [Dh/2] each pair takes for a radian, longer where that is many already.
+def scale_wavelengths(radian: Tensor, scaling: RopeScaling) -> Tensor:
+    """Llama 3.1: divide low frequencies by `factor`, keep high ones, interpolate between them.
 
-    So neighbours are told apart as before, and far tokens look no farther than in shorter texts.
+    radian [Dh/2]: the number of positions per radian of each pair; the result has the same shape.
     """
     turns = scaling.original_max_position_embeddings / (2 * math.pi * radian)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
@@ -100,42 +112,40 @@ def stretch(radian: Tensor, scaling: RopeScaling) -> Tensor:
     return radian / (kept + (1 - kept) / scaling.factor)
 
 
-def rotary_tables(
-    positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype,
-    scaling: RopeScaling | None = None,
-) -> Tensor:  # fmt: skip
+def rotary_tables(positions: Tensor, config: MistralConfig, dtype: torch.dtype) -> Tensor:
     """Cosines and sines [2, T, Dh] of the rotary angles at integer positions [T].
 
-    Angles are computed in float32: at position 4,000 bfloat16 would be off by whole turns.
+    Angles are computed in float32. In bfloat16, position 4,000 would be wrong by whole turns.
     """
-    pairs = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
-    radian = theta ** (pairs / head_dim)  # [Dh/2], in positions
-    radian = stretch(radian, scaling) if scaling else radian
+    pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device)
+    radian = config.rope_theta ** (pairs / config.head_dim)  # [Dh/2] positions per radian
+    if config.rope_scaling:
+        radian = scale_wavelengths(radian, config.rope_scaling)
     angles = positions.float()[:, None] / radian  # [T, Dh/2]
-    angles = torch.cat([angles, angles], dim=-1)  # [T, Dh]: both halves of a head turn alike
+    angles = torch.cat([angles, angles], dim=-1)  # [T, Dh] the same for both halves of a head
     return torch.stack([angles.cos(), angles.sin()]).to(dtype)
 
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """Turn queries or keys x [B, T, heads, Dh] by the angles rotary [2, T, Dh] (rotate-half)."""
+    """Rotate queries or keys x [B, T, heads, Dh] by the angles rotary [2, T, Dh] (rotate-half)."""
     cos, sin = rotary[:, :, None, :]  # [T, 1, Dh] each: the same for every head
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 def in_window(query_position: Tensor, key_position: Tensor, window: int | None) -> Tensor:
-    """Whether a query sees a key: not later than itself, and among its `window` latest positions.
+    """Causal sliding-window mask. The shapes broadcast.
 
-    Exactly `window` keys with its own, as in Mistral: key > query - window. The shapes broadcast.
+    A query attends to exactly `window` keys, its own included, as in Mistral: key > query - window.
     """
     visible = key_position <= query_position
     return visible if window is None else visible & (key_position > query_position - window)
 
 
 class KVCache:
-    """What a query of the text sees: the text up to itself, within the sliding window.
+    """Keys and values of a text. Queries attend to the text up to their own position.
 
-    It holds the keys and values [B, Hkv, length, Dh] of the text read so far, for every layer.
+    layers holds the keys and values [B, Hkv, length, Dh] of every layer.
     """
 
     def __init__(self, config: MistralConfig):
@@ -144,13 +154,13 @@ class KVCache:
 
     @property
     def length(self) -> int:
-        """Tokens that have been read."""
+        """The number of tokens that have been read."""
         return self.layers[0][0].shape[2] if self.layers else 0
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of the next T tokens in a layer over all S: q [B, H, T, Dh] -> the same shape.
+        """Attention of the next T tokens in a layer: q [B, H, T, Dh] -> the same shape.
 
-        k, v [B, Hkv, T, Dh] are their own keys and values, which the cache keeps.
+        k, v [B, Hkv, T, Dh] are the keys and values of these tokens. They are added to the cache.
         """
         if layer == len(self.layers):
             self.layers.append((k, v))
@@ -159,14 +169,14 @@ class KVCache:
             k, v = torch.cat([before_k, k], dim=2), torch.cat([before_v, v], dim=2)
             self.layers[layer] = k, v  # [B, Hkv, S, Dh]
         T, S = q.shape[2], k.shape[2]
-        if S == T and (self.window is None or self.window >= S):  # the plain case has a fast kernel
+        if S == T and (self.window is None or self.window >= S):  # plain causal: a faster kernel
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         position = torch.arange(S, device=q.device)
         visible = in_window(position[S - T :, None], position, self.window)  # [T, S]
         return F.scaled_dot_product_attention(q, k, v, visible, enable_gqa=True)
 
     def truncate(self, length: int) -> None:
-        """Forget all but the first `length` tokens: a thought leaves no trace in the text."""
+        """Keep the first `length` tokens only. A thought is removed from a text in this way."""
         self.layers = [(k[:, :, :length], v[:, :, :length]) for k, v in self.layers]
 
 
@@ -174,7 +184,7 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """Queries, keys and values, and what becomes of what was attended to."""
+    """The projections before and after attention. A cache computes the attention between them."""
 
     def __init__(self, config: MistralConfig):
         super().__init__()
@@ -196,10 +206,9 @@ class Attention(nn.Module):
         q, k = rotate(self.q_norm(q), rotary), rotate(self.k_norm(k), rotary)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
-    def forward(self, x: Tensor, rotary: Tensor, attend: Callable) -> Tensor:
-        """x [B, T, D] -> [B, T, D]; attend(q, k, v) -> [B, H, T, Dh]."""
-        attended = attend(*self.project(x, rotary))  # [B, H, T, Dh]
-        return self.o_proj(attended.transpose(1, 2).flatten(2))  # [B, T, D]
+    def output(self, attended: Tensor) -> Tensor:
+        """The output projection: attended [B, H, T, Dh] -> [B, T, D]."""
+        return self.o_proj(attended.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -212,11 +221,11 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(ACTIVATION(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Layer(nn.Module):
-    """Attention behind a norm, MLP behind a norm."""
+    """A pre-norm transformer layer. before and after are its halves on each side of attention."""
 
     def __init__(self, config: MistralConfig):
         super().__init__()
@@ -225,23 +234,31 @@ class Layer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotary: Tensor, attend: Callable) -> Tensor:
-        """x [B, T, D] -> [B, T, D]; attend is the cache's: it decides what a query sees."""
-        x = x + self.self_attn(self.input_layernorm(x), rotary, attend)
+    def before(self, x: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, T, D], rotary [2, T, Dh] -> q [B, H, T, Dh], k and v [B, Hkv, T, Dh]."""
+        return self.self_attn.project(self.input_layernorm(x), rotary)
+
+    def after(self, x: Tensor, attended: Tensor) -> Tensor:
+        """x [B, T, D] and attended [B, H, T, Dh] -> the output of the layer [B, T, D]."""
+        x = x + self.self_attn.output(attended)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+    def forward(self, x: Tensor, rotary: Tensor, attend: Callable) -> Tensor:
+        """x [B, T, D] -> [B, T, D]. attend(q, k, v) -> [B, H, T, Dh] is a method of the cache."""
+        return self.after(x, attend(*self.before(x, rotary)))
 
 
 class Mistral(nn.Module):
-    """ids [B, T] -> logits [B, T, V].
+    """The language model: ids [B, T] -> logits [B, T, V].
 
-    Weights are random until they are loaded: normal, with standard deviation 1 / sqrt(D), so that
-    a small model learns as readily as a wide one (0.016 at the width of Mistral 7B).
+    Weights are initialised from a normal distribution of standard deviation 1 / sqrt(D). Ours: a
+    fixed 0.02 is too small for the narrow model of the built-in corpus.
     """
 
     def __init__(self, config: MistralConfig):
         super().__init__()
         self.config = config
-        # Not nn.Embedding(V, D): on the meta device that costs every start a second of imports.
+        # nn.Embedding(V, D) on the meta device would import for a second; this does not.
         table = torch.empty(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
@@ -253,30 +270,27 @@ class Mistral(nn.Module):
         self.tie_head()
 
     def tie_head(self) -> None:
-        """Make the head the embeddings, if the config says so."""
+        """Make lm_head share the embedding matrix if the config says so."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
     def run(self, x: Tensor, cache, positions: Tensor | None = None) -> Tensor:
         """Embeddings x [B, T, D] through all layers -> final hidden states h [B, T, D].
 
-        cache: a KVCache or ThoughtCache, which decides what the T queries see and keeps their keys.
-        positions [T]: their rotary positions; None: those after the text in the KVCache.
+        cache: a KVCache or ThoughtCache; it stores the keys and decides which of them are visible.
+        positions [T]: rotary positions. None: the positions after the text in the KVCache.
         """
         if positions is None:
             positions = torch.arange(cache.length, cache.length + x.shape[1], device=x.device)
-        config = self.config
-        rotary = rotary_tables(
-            positions, config.head_dim, config.rope_theta, x.dtype, config.rope_scaling
-        )
+        rotary = rotary_tables(positions, self.config, x.dtype)  # [2, T, Dh]
         for index, layer in enumerate(self.layers):
             x = layer(x, rotary, partial(cache.attend, index))
         return self.norm(x)
 
     def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        """ids [B, T] int64 -> logits [B, T, V] of the next token, in the model's dtype.
+        """ids [B, T] int64 -> logits [B, T, V] of the next token, in the dtype of the model.
 
-        cache: holds the text before ids and is continued; None: ids begin a text.
+        cache: holds the text before ids, and is extended by ids. None: ids start a text.
         """
         return self.lm_head(self.run(self.embed_tokens(ids), cache or KVCache(self.config)))
 
@@ -284,47 +298,73 @@ class Mistral(nn.Module):
 # ---------------------------------------------------------------------------------- checkpoints
 
 
-def read_config(folder: Path) -> MistralConfig:
-    """The config of a checkpoint's folder; ValueError if it asks for what is not computed here."""
-    values, path = formats.read_config(folder)
-    if scaling := values.get("rope_scaling"):
-        scaling = {f.name: scaling[f.name] for f in fields(RopeScaling) if f.name in scaling}
-        values["rope_scaling"] = settings_from(RopeScaling, scaling, path)
-    known = {f.name: values[f.name] for f in fields(MistralConfig) if f.name in values}
-    return settings_from(MistralConfig, known, path)
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, memory-mapped: bytes are read when they are used.
+
+    Raises ValueError if the file is missing or damaged.
+    """
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is missing or no whole safetensors file: {error}") from None
 
 
-def assign_weights(module: nn.Module, weights: dict[str, Tensor], where: Path) -> None:
-    """Make these tensors the parameters of a module built on the meta device, copying nothing.
+def assign_weights(module: nn.Module, weights: dict[str, Tensor], source: Path) -> None:
+    """Make these tensors the parameters of a module. Nothing is copied.
 
-    Strict: ValueError names every tensor that is missing, unexpected or misshapen.
+    Raises ValueError that names every tensor that is missing, unexpected or of the wrong shape.
     """
     try:
         module.load_state_dict(weights, strict=True, assign=True)
     except RuntimeError as error:
         problems = [line.strip() for line in str(error).splitlines()[1:]]
-        raise ValueError(f"{where} does not fit its config: {' '.join(problems)}") from None
+        raise ValueError(f"{source} does not fit its config: {' '.join(problems)}") from None
 
 
-def load_mistral(folder: str | Path, dtype=None, device="cpu", weights=None) -> Mistral:
-    """A model from a checkpoint folder in Hugging Face's format or Mistral's own (formats.py).
+def build(config: MistralConfig, weights: dict[str, Tensor], source: Path, dtype, device):
+    """A Mistral of these weights, which have the names of its parameters. Empties `weights`.
 
-    dtype None keeps that of the file. weights: what read_weights returned, which is used up.
-    Raises ValueError for a missing or broken file, a config that asks for something else than
-    this architecture, and weights that do not fit it.
+    dtype None keeps the dtype of the weights. Raises ValueError if the weights do not fit.
     """
-    folder, config = Path(folder), read_config(Path(folder))
-    if weights is None:
-        weights = formats.read_weights(folder, config.num_hidden_layers, config.head_dim)
     with torch.device("meta"):
         model = Mistral(config)
-    if model.config.tie_word_embeddings and "embed_tokens.weight" in weights:
+    if config.tie_word_embeddings and "embed_tokens.weight" in weights:
         weights["lm_head.weight"] = weights["embed_tokens.weight"]
-    assign_weights(model, weights, folder)
-    weights.clear()  # so that a file is let go when the last of its tensors has been converted
+    assign_weights(model, weights, source)
+    weights.clear()  # so that a file is unmapped when the last of its tensors has been converted
     model.tie_head()
     kept = reduce(torch.promote_types, (parameter.dtype for parameter in model.parameters()))
     return model.to(device=device, dtype=dtype or kept)
+
+
+def load_mistral(folder: str | Path, dtype: torch.dtype | None = None, device="cpu") -> Mistral:
+    """Load a Mistral from a Hugging Face folder: config.json and model.safetensors, or shards.
+
+    dtype None keeps the dtype of the file. Raises ValueError for another model_type, a config that
+    this file does not compute, and files that are missing or do not fit. Other formats and
+    families (params.json, Llama, Qwen) are read by support.checkpoints.load_any.
+    """
+    folder = Path(folder)
+    raw = {"rms_norm_eps": 1e-6, "sliding_window": 4096}  # what transformers takes if not given
+    raw |= json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    raw |= raw.get("rope_parameters") or {}  # since transformers 5
+    computed = {"model_type": "mistral", "hidden_act": ACTIVATION.__name__, "rope_type": "default"}
+    computed |= {"rope_scaling": None, "layer_types": None, "quantization_config": None}
+    for name, value in computed.items():
+        if raw.get(name, value) != value:
+            raise ValueError(f"{folder}: {name} is {raw[name]!r}; load_mistral reads {value!r}")
+    names = [field.name for field in fields(MistralConfig)]
+    try:
+        config = MistralConfig(**{name: raw[name] for name in names if name in raw})
+    except TypeError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from None
+    index, files = folder / "model.safetensors.index.json", {"model.safetensors"}
+    if index.exists():
+        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    tensors = [item for file in sorted(files) for item in read_tensors(folder / file).items()]
+    weights = {name.removeprefix("model."): tensor for name, tensor in tensors}
+    del tensors
+    return build(config, weights, folder, dtype, device)
 
 
 def save_mistral(model: Mistral, folder: str | Path) -> None:
@@ -335,9 +375,13 @@ def save_mistral(model: Mistral, folder: str | Path) -> None:
         name if name.startswith("lm_head.") else f"model.{name}": parameter.detach().contiguous()
         for name, parameter in model.named_parameters()  # lists a tied head once, as embed_tokens
     }
-    write_file(folder / "model.safetensors", partial(save_file, weights, metadata={"format": "pt"}))
-    head = {"architectures": [f"{config.model_type.capitalize()}ForCausalLM"], "hidden_act": "silu"}
-    head["torch_dtype"] = str(model.lm_head.weight.dtype).removeprefix("torch.")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    head = {
+        "architectures": [f"{config.model_type.capitalize()}ForCausalLM"],
+        "hidden_act": ACTIVATION.__name__,
+        "torch_dtype": str(model.lm_head.weight.dtype).removeprefix("torch."),
+    }
     if config.model_type.startswith("qwen"):
         head |= {"use_sliding_window": config.sliding_window is not None, "max_window_layers": 0}
-    write_json(folder / "config.json", head | asdict(config))
+    text = json.dumps(head | asdict(config), indent=2)
+    (folder / "config.json").write_text(text + "\n", encoding="utf-8")

@@ -10,22 +10,18 @@ key/value cache never holds a thought, so what was thought cannot be looked up l
 
 import argparse
 import math
-import os
 import re
-import shutil
-import sys
-import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import TextIO
 
 import torch
 from torch import Tensor
 
-from formats import read_tensors, weight_files
-from model import KVCache, Mistral, read_config
-from thoughts import Prediction, QuietStar, load_any, sample_tokens
-from tokenizer import Tokenizer, load_tokenizer
+from model import KVCache, Mistral
+from support.checkpoints import load
+from support.device import DTYPES, pick_device
+from support.terminal import execute, make_parser, paint
+from support.tokenizer import Tokenizer
+from thoughts import Prediction, QuietStar, sample_tokens
 
 
 def nucleus(logits: Tensor, top_p: float) -> Tensor:
@@ -144,130 +140,6 @@ def describe_thought(
     gain, weight = with_thought - without, prediction.weight[row].item()
     logp = f"log p {without:.3f} -> {with_thought:.3f} ({gain:+.3f})"
     return f"thought {thought!r}  w {weight:.3f}  {logp}", gain
-
-
-def paint(text: str, gain: float) -> str:
-    """The text in blue if its thought raised log p by 0.03 nats or more, orange if it lowered it.
-
-    Unpainted unless standard output is a terminal; NO_COLOR turns it off (no-color.org).
-    """
-    if abs(gain) < 0.03 or os.environ.get("NO_COLOR") or not sys.stdout.isatty():
-        return text
-    return f"\x1b[38;5;{33 if gain > 0 else 208}m{text}\x1b[0m"
-
-
-# ------------------------------------------------- what all commands share, those of tools/ too
-
-
-SPARE_ROWS = 512  # Qwen has 400
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def pick_device(name: str | None) -> torch.device:
-    """The device called `name`, or CUDA, MPS or the CPU, whichever is there first."""
-    if name is None:
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        return torch.empty(1, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name} cannot be used: {reason}") from None
-
-
-def free_memory(device: torch.device) -> float | None:
-    """Bytes that are free on the device (on a CPU without /proc: that it has); None: not known."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if device.type == "cpu" and (meminfo := Path("/proc/meminfo")).exists():
-        return 1024.0 * int(re.search(r"MemAvailable:\s+(\d+)", meminfo.read_text())[1])
-    if device.type == "cpu" and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None
-
-
-def dtype_that_fits(folder: Path, dtype: torch.dtype | None) -> torch.dtype:
-    """What to read a checkpoint in on a CPU: dtype; None: float32, or its own if memory is short.
-
-    ValueError if that does not fit either. A tenth more than the weights is for computing.
-    """
-    tensors = [t for file in weight_files(folder) for t in read_tensors(file).values()]
-    own = max(tensors, key=torch.numel).dtype if tensors else torch.float32
-    choices = [dtype] if dtype else [torch.float32, own]  # bfloat16 is slow on most CPUs
-    sizes = {kind: 1.1e-9 * sum(t.numel() for t in tensors) * kind.itemsize for kind in choices}
-    free = (free_memory(torch.device("cpu")) or math.inf) / 1e9
-    needed = ", ".join(f"{size:.1f} GB in {str(kind)[6:]}" for kind, size in sizes.items())
-    line = f"{folder} needs {needed}, and {free:.1f} GB of memory are free"
-    fitting = [kind for kind, size in sizes.items() if size <= free]
-    if not fitting:
-        raise ValueError(line)
-    if fitting[0] != choices[0]:
-        print(f"{line}: read in {str(own)[6:]}", file=sys.stderr)
-    return fitting[0]
-
-
-def load(
-    folder: str | Path, device: torch.device, dtype: torch.dtype | None = None
-) -> tuple[Mistral | QuietStar, Tokenizer]:
-    """The plain or thinking model in a folder, and its tokenizer.
-
-    dtype None is that of the file, but float32 on a CPU if it fits (dtype_that_fits). Raises
-    ValueError if there is no model, if it is larger than the free memory of a CPU, or if the two do
-    not belong together: up to SPARE_ROWS more rows than tokens are common (padding to a round
-    number, appended meta tokens), others are not.
-    """
-    vocab_size = read_config(Path(folder)).vocab_size
-    tokenizer = load_tokenizer(folder)
-    if not tokenizer.vocab_size <= vocab_size <= tokenizer.vocab_size + SPARE_ROWS:
-        raise ValueError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens and the model "
-            f"{vocab_size}; put the tokenizer that belongs to the checkpoint into its folder"
-        )
-    if device.type == "cpu":
-        dtype = dtype_that_fits(Path(folder), dtype)
-    return load_any(folder, dtype, device), tokenizer
-
-
-shown = [0.0]  # when the last status line was printed to what is no terminal
-
-
-def show_status(line: str, done: int, total: int, file: TextIO, keep: bool = False) -> None:
-    """Renew the status line of long work; where it is no terminal, print one every tenth of it.
-
-    And at least one a minute. keep: a line to stay.
-    """
-    keep, now = keep or done == total, time.monotonic()
-    if file.isatty():
-        width = shutil.get_terminal_size().columns - 1
-        print(f"\r{line[:width]:<{width}}", end="\n" if keep else "", file=file, flush=True)
-    elif keep or done % max(total // 10, 1) == 0 or now - shown[0] > 60:
-        print(line, file=file, flush=True)
-        shown[0] = now
-
-
-def make_parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser whose --help begins with the description as it stands."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}; see --help\n")
-    return parser
-
-
-def execute(parser: argparse.ArgumentParser, run: Callable, arguments: list[str] | None) -> None:
-    """Run a command; a bad input is one line on standard error and exit code 2."""
-    options = parser.parse_args(arguments)
-    try:
-        run(options)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
-    except RuntimeError as error:  # a GPU says "out of memory", a CPU "can't allocate memory"
-        if "out of memory" not in str(error) and "allocate memory" not in str(error):
-            raise
-        parser.exit(2, f"{parser.prog}: error: {str(error).splitlines()[0]}\n")
-    except KeyboardInterrupt as stopped:
-        parser.exit(130, f"{parser.prog}: stopped{stopped}\n")
 
 
 # ------------------------------------------------------------------------------ the command line

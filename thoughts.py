@@ -3,32 +3,39 @@
 Algorithm 1 of the paper, for a text x_0 .. x_{T-1} and all its positions j in parallel, with
 a = 0 .. A-1 true tokens ahead:
 
-    1 base    h_init_j: the state after x_0 .. x_j                       QuietStar.forward   (4.1)
+    1 base    h_init_j: hidden state after x_0 .. x_j                    QuietStar.forward   (4.1)
     2 think   sample N thoughts of K tokens after x_0 .. x_j, start      QuietStar.think     (4.2)
     3 talk    h_thought_{j,a}: after thought, end, x_{j+1} .. x_{j+a}    QuietStar.talk      (4.4)
     4 mix     log p_talk = w log p_init_{j+a} + (1 - w) log p_thought    mixing_weight, mix  (4.3)
-    5 reward  r_j: by how much a thought beat its siblings               reward              (4.4)
+    5 reward  r_j: how much better a thought is than the mean thought    reward              (4.4)
     6 loss    L = c L_base + (1 - c) L_NLL + policy_weight L_REINFORCE   quiet_star_loss     (4.4)
 
-The steps of one thought (which keys each of them sees, Figure 3, is thought_mask):
+A thought is read in K + 1 passes. Each of the first K passes reads one token and samples the next
+one. The last pass reads t_K, end and the true tokens together, because all of them are known then
+(teacher forcing). thought_mask says which keys each step attends to (Figure 3):
 
-                       x_0 .. x_j | start  t_1 .. t_K  end  x_{j+1} .. x_{j+A-1}
-    step                          |   1    2 .. K+1   K+2   K+3  ..  K+A+1
-    rotary position    0   ..  j  |  j+1              ...              j+K+A+1
-    what its output predicts      |  t_1   t_2 ..  -  x_{j+1}   ..   x_{j+A}
+                        x_0 .. x_j | start  t_1 .. t_{K-1} | t_K  end  x_{j+1} .. x_{j+A-1}
+    step                           |   1     2  ..   K     | K+1  K+2   K+3   ..   K+A+1
+    rotary position     0  ..  j   |  j+1          ..                              j+K+A+1
+    its output predicts            |  t_1   t_2 ..  t_K    |  -  x_{j+1}   ..     x_{j+A}
+    pass                  base     |   1     2  ..   K     |            K+1
 
-At the start w = 1: no thought is heard, only the last layer of the mixing head learns, and then the
-rest. Letters of the shape comments, beside those of model.py (the paper's names in brackets):
+At initialisation w = 1: p_talk is p_init, and thoughts are ignored. The gradient then reaches the
+last layer of the mixing head and, through p_init, the model; start, end and the other layers of the
+mixing head follow as soon as w is not 1. Letters of the shape comments, beside those of model.py
+(names of the paper in brackets):
     N    thoughts per position [n_thoughts]
     K    sampled tokens of a thought, without start and end [t]
     A    true tokens ahead that a thought is scored on [n_true]
-    J    positions that think: all that have A targets, or any subset
-    NJ   N * J thoughts as one axis, those of one i < N side by side
+    J    positions that think: all that have A targets, or a subset
+    NJ   N * J thoughts as one axis; thoughts of the same sample index are adjacent
 
 Positions are 0-based: position j has read ids[:, : j + 1] and predicts ids[:, j + 1]. "nll" is a
-negative log-likelihood, "logp" a log-probability, both in nats.
+negative log-likelihood, "logp" a log-probability, both in nats. This file imports model.py and
+nothing else of this repository.
 """
 
+import json
 import math
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -39,34 +46,33 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, einsum, nn
 
-from data import check_at_least, read_json, settings_from, write_file, write_json
-from formats import read_tensors, read_weights
 from model import (
     KVCache,
     Mistral,
     assign_weights,
+    check_at_least,
     in_window,
     load_mistral,
-    read_config,
+    read_tensors,
     save_mistral,
 )
 
-NEVER = -1e10  # logit of a meta token: probability 0 in float32, and no 0 * inf = NaN in a loss
+NEVER = -1e10  # logit of an excluded token: its probability is 0 in float32, and 0 * NEVER is 0
 
 
 @dataclass(frozen=True)
 class ThoughtConfig:
-    """How a model thinks and what it learns from it; the authors' numbers for Mistral 7B."""
+    """How a model thinks and how it learns to. The defaults are the authors' for Mistral 7B."""
 
     n_thoughts: int = 2  # thoughts sampled at every position (N)
     thought_length: int = 9  # sampled tokens of a thought, start and end not counted (K)
     n_true: int = 4  # true tokens ahead that a thought is scored on (A)
     start_id: int | None = None  # id of <|startofthought|>; none: V, outside the vocabulary
-    end_id: int | None = None  # id of <|endofthought|>; none: V + 1, likewise
-    init_id: int | None = None  # token whose embedding both begin as, the em dash; none: random
-    embedding_scale: float = 100.0  # both are stored divided by this: Adam moves them faster
-    reinforce_temperature: float = 3.0  # of log p(thought) in REINFORCE; sampling has its own
-    base_weight: float = 0.5  # of the loss without thoughts, against that with thoughts
+    end_id: int | None = None  # id of <|endofthought|>; none: V + 1, outside the vocabulary
+    init_id: int | None = None  # token whose embedding initialises both: em_dash_id; none: random
+    embedding_scale: float = 100.0  # both are stored divided by this, so that Adam moves them more
+    reinforce_temperature: float = 3.0  # of log p(thought) in REINFORCE, not of the sampling
+    base_weight: float = 0.5  # of the loss without thoughts; the loss with them has the rest (c)
     policy_weight: float | None = None  # of REINFORCE; none: 1e6 / K
     drop_negative: bool = True  # learn only from thoughts that beat the mean of their position
 
@@ -86,85 +92,126 @@ class ThoughtConfig:
         return default if self.policy_weight is None else self.policy_weight
 
 
+def em_dash_id(tokenizer) -> int:
+    """Id of the token "—", with whose embedding start and end are initialised. Paper: section 4.4.
+
+    Where the vocabulary has no such token: the first token of its encoding that is no white space.
+    """
+    try:
+        return tokenizer.token_id("—")
+    except ValueError:
+        ids = tokenizer.encode("—")
+        return next((token for token in ids if tokenizer.decode([token]).strip()), ids[0])
+
+
 class Output(NamedTuple):
-    """What QuietStar.forward returns."""
+    """The result of QuietStar.forward."""
 
     thought_ids: Tensor  # [B, N, J, K] int64
     thought_logp: Tensor  # [B, N, J, K] of the masked logits / reinforce_temperature
     base_nll: Tensor  # [B, T-1] of ids[:, 1:] without thoughts; 0 where it is no target
     talk_nll: Tensor  # [A, B, N, J] of ids[:, j+1+a] after the thought at j; 0 where not valid
-    weight: Tensor  # [A, B, N, J] the mixing weight w: 1 = the thought is ignored
-    valid: Tensor  # [A, B, J] bool: ids[:, j+1+a] exists, and target_mask allows it as a target
+    weight: Tensor  # [A, B, N, J] the mixing weight w; 1: the thought is ignored
+    valid: Tensor  # [A, B, J] bool: ids[:, j+1+a] exists and is a target
     positions: Tensor  # [J] int64
     target_mask: Tensor  # [B, T] bool
 
 
-# ------------------------------------------------------------------- 2 think: what a thought sees
+# ------------------------------------------------------------------------ 2 think: mask and cache
 
 
-def thought_mask(origin: Tensor, step: int, T: int, window: int | None) -> Tensor:
-    """Figure 3 of the paper as a function: which keys step `step` of some thoughts sees.
+def thought_mask(origin: Tensor, steps: range, T: int, window: int | None) -> Tensor:
+    """Figure 3 of the paper as a function: the keys that the given steps of some thoughts see.
 
-    origin [thoughts]: the position after which each began -> [thoughts, T + step] bool: of the
-    text's T keys, and of the keys of the thought's own steps 1 .. step. It sees the text up to its
-    origin and its own thought so far; no other thought, nothing of the text that it is to foretell.
-    Both within the sliding window, counted from its rotary position origin + step.
-    (think_last, one thought at the end of a text, sees the same by reading through the KVCache.)
+    origin [thoughts]: the position j that each thought follows. steps: successive steps, counted
+    from 1. Returns [thoughts, n, T + last step] bool: over the T keys of the text, then over the
+    keys of the thought's own steps. A step sees the text up to position j and its own thought up to
+    itself; it sees no other thought and no later text. The sliding window applies to both, by
+    rotary position, which is j + step. (At inference, think_last gets the same from the KVCache.)
     """
     text = torch.arange(T, device=origin.device)
-    own = origin[:, None] + torch.arange(1, step + 1, device=origin.device)  # [thoughts, step]
-    rotary = origin[:, None] + step  # [thoughts, 1]
-    sees_text = (text <= origin[:, None]) & in_window(rotary, text, window)  # [thoughts, T]
-    return torch.cat([sees_text, in_window(rotary, own, window)], dim=1)
+    own = origin[:, None] + torch.arange(1, steps.stop, device=origin.device)  # [thoughts, last]
+    query = own[:, steps.start - 1 :, None]  # [thoughts, n, 1] rotary positions
+    sees_text = (text <= origin[:, None, None]) & in_window(query, text, window)
+    sees_own = in_window(query, own[:, None], window)  # [thoughts, n, last]
+    return torch.cat([sees_text, sees_own], dim=-1)
 
 
 class ThoughtCache:
-    """What a query of a thought sees: keys of the text, and those of its own thought so far.
+    """Keys and values of all thoughts, beside those of the text in a KVCache.
 
-    All N thoughts at all J positions take a step together, as the NJ queries of one pass. The
-    text's keys stand once for all of them; each thought has its own keys besides. Paper: section
-    4.2. (fast/ computes the same attention for less.)
+    All N thoughts at all J positions are read together, as NJ * n queries in each pass. The keys of
+    the text are stored once for all of them, and each thought has keys of its own. Section 4.2.
     """
 
     def __init__(self, text: KVCache, positions: Tensor, config: ThoughtConfig):
         self.text = text
         self.origin = positions.repeat(config.n_thoughts)  # [NJ]
-        self.own: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys, values of thoughts' steps
+        self.own: list[tuple[Tensor, Tensor]] = []  # per layer [B, Hkv, NJ, length, Dh]
+
+    @property
+    def length(self) -> int:
+        """The number of steps that have been read."""
+        return self.own[0][0].shape[3] if self.own else 0
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """One step of all thoughts in a layer: q [B, H, NJ, Dh] -> the same shape.
+        """Attention of the next n steps of all thoughts in a layer: q [B, H, NJ * n, Dh] -> same.
 
-        k, v [B, Hkv, NJ, Dh] are the step's own key and value, which the cache keeps.
+        k, v [B, Hkv, NJ * n, Dh] are the keys and values of these steps, and are added.
         """
-        k, v = k[:, :, :, None], v[:, :, :, None]  # [B, Hkv, NJ, 1, Dh]
-        if layer in self.own:
+        q, k, v = (x.unflatten(2, (len(self.origin), -1)) for x in (q, k, v))  # [B, .., NJ, n, Dh]
+        if layer == len(self.own):
+            self.own.append((k, v))
+        else:
             before_k, before_v = self.own[layer]
             k, v = torch.cat([before_k, k], dim=3), torch.cat([before_v, v], dim=3)
-        self.own[layer] = k, v  # [B, Hkv, NJ, step, Dh]
+            self.own[layer] = k, v  # [B, Hkv, NJ, length, Dh]
         text_k, text_v = self.text.layers[layer]  # [B, Hkv, T, Dh]
-        T, step = text_k.shape[2], k.shape[3]
+        T, steps = text_k.shape[2], range(k.shape[3] + 1)[-q.shape[3] :]
+        if layer == 0:  # the mask is the same in all layers
+            self.visible = thought_mask(self.origin, steps, T, self.text.window)
 
-        q = q.unflatten(1, (k.shape[1], -1)) / math.sqrt(q.shape[-1])  # [B, Hkv, H/Hkv, NJ, Dh]
-        # h: heads of keys, g: queries that share one, i: thoughts, t: text, s: steps, d: head size
-        to_text = einsum("bhgid,bhtd->bhgit", q, text_k)  # the same keys for all thoughts
-        to_own = einsum("bhgid,bhisd->bhgis", q, k)  # every thought's own
-        visible = thought_mask(self.origin, step, T, self.text.window)  # [NJ, T + step]
+        return self.attention(q, k, v, text_k, text_v, self.visible).flatten(2, 3)
+
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, text_k: Tensor, text_v: Tensor, visible: Tensor
+    ) -> Tensor:
+        """Attention of n steps of every thought over the text and over the thought itself.
+
+        q [B, H, NJ, n, Dh] -> the same shape; own k, v [B, Hkv, NJ, steps, Dh]; text_k, text_v
+        [B, Hkv, T, Dh]; visible [NJ, n, T + steps] bool.
+        """
+        T, H = text_k.shape[2], q.shape[1]
+        q = q.unflatten(1, (k.shape[1], -1)) / math.sqrt(
+            q.shape[-1]
+        )  # [B, Hkv, H / Hkv, NJ, n, Dh]
+        # h: key heads, g: query heads of each, i: thoughts, n: steps of the queries, t: text keys,
+        # s: steps of the own keys, d: head size
+        to_text = einsum("bhgind,bhtd->bhgint", q, text_k)  # the same keys for all thoughts
+        to_own = einsum("bhgind,bhisd->bhgins", q, k)  # every thought's own keys
         scores = torch.cat([to_text, to_own], dim=-1).masked_fill(~visible, -math.inf)
         p = scores.float().softmax(-1).to(q.dtype)  # one softmax over both kinds of keys
-        p_text, p_own = p.split([T, step], dim=-1)
-        out = einsum("bhgit,bhtd->bhgid", p_text, text_v) + einsum("bhgis,bhisd->bhgid", p_own, v)
-        return out.flatten(1, 2)  # [B, H, NJ, Dh]
+        out = einsum("bhgint,bhtd->bhgind", p[..., :T], text_v)
+        out = out + einsum("bhgins,bhisd->bhgind", p[..., T:], v)
+        return out.reshape(len(out), H, *out.shape[3:])
 
 
-# ------------------------------------------------------------------------ 2 think: which token next
+# --------------------------------------------------------------------------- 2 think: sampling
+
+
+def widen(x: Tensor) -> Tensor:
+    """x in float32 if its dtype is narrower."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def token_logits(h: Tensor, head: Tensor, excluded: tuple[int, ...] = ()) -> Tensor:
     """Logits [..., V] in float32 of hidden states h [..., D] under head [V, D].
 
-    The tokens in excluded (meta tokens, where one is to be sampled) get the logit NEVER.
+    The tokens in excluded (meta tokens, where a token is to be sampled) get the logit NEVER. The
+    product is computed in the wider dtype of h and head.
     """
-    logits = (h @ head.mT).float()
+    dtype = torch.promote_types(h.dtype, head.dtype)
+    logits = (h.to(dtype) @ head.to(dtype).mT).float()
     if excluded:
         logits[..., list(excluded)] = NEVER
     return logits
@@ -177,31 +224,34 @@ def token_logp(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def sample_tokens(logits: Tensor, uniform: Tensor) -> Tensor:
-    """Draw a token from softmax(logits [..., V]) -> [...] int64.
+    """Sample a token from softmax(logits [..., V]) -> [...] int64, by inverse CDF.
 
-    uniform [...] in [0, 1) is the randomness. Ours: one number a token, drawn by the caller on the
-    CPU, so that a seed means the same thoughts however the sequences of a batch are split.
+    uniform [...] holds random numbers in [0, 1). Ours: one number per token, drawn by the caller on
+    the CPU, so that a seed gives the same thoughts however a batch is split.
     """
     p = torch.softmax(logits.detach(), dim=-1)
     cdf = p.cumsum(-1)
-    point = uniform[..., None] * cdf[..., -1:]  # below the sum: torch.rand is at most 1 - 2**-24
+    point = (
+        uniform[..., None] * cdf[..., -1:]
+    )  # less than the sum: torch.rand is at most 1 - 2**-24
     token = torch.searchsorted(cdf, point, right=True)  # [..., 1]
-    # A token of p = 0 is never drawn, unless a GPU sums out of order: then the likeliest is taken.
+    # A token of p = 0 is never drawn, unless a GPU adds up in another order: then take the argmax.
     possible = p.gather(-1, token.clamp(max=p.shape[-1] - 1)) > 0
     return torch.where(possible, token, p.argmax(-1, keepdim=True)).squeeze(-1)
 
 
-# ------------------------------------------------------------------------------ 3 talk and 4 mix
+# ----------------------------------------------------------------------------- 3 talk and 4 mix
 
 
 def mix(h_init: Tensor, h_thought: Tensor, weight: Tensor) -> Tensor:
-    """The hidden state of p_talk: w h_init + (1 - w) h_thought; [..., D], weight [...].
+    """The hidden state of p_talk: w h_init + (1 - w) h_thought, both [..., D] -> float32 [..., D].
 
-    Paper: section 4.3, log p_talk = w log p_init + (1 - w) log p_thought. Up to a constant over V
-    that is this mixture of hidden states, because the head is linear: one head instead of two.
+    Paper: section 4.3, log p_talk = w log p_init + (1 - w) log p_thought, normalised. The head is
+    linear, so mixing hidden states gives the same distribution with one head evaluation, not two.
+    weight [...] is float32. This form keeps a 1 - w that is too small for bfloat16.
     """
-    w = weight[..., None]
-    return w * h_init + (1 - w) * h_thought
+    h_init, h_thought = widen(h_init), widen(h_thought)
+    return h_init + (1 - weight[..., None]) * (h_thought - h_init)
 
 
 def valid_targets(target_mask: Tensor, positions: Tensor, n_true: int) -> Tensor:
@@ -212,22 +262,13 @@ def valid_targets(target_mask: Tensor, positions: Tensor, n_true: int) -> Tensor
     return mask.transpose(0, 1)
 
 
-# -------------------------------------------------------------------------- the model that thinks
-
-
-class Prediction(NamedTuple):
-    """What comes next after a text, and what was thought before: QuietStar.think_last."""
-
-    logits: Tensor  # [B, V] float32, mixed; meta tokens excluded
-    base_logits: Tensor  # [B, V] float32, without the thought
-    thought_ids: Tensor  # [B, K] int64
-    weight: Tensor  # [B] the mixing weight w
+# ---------------------------------------------------------------------- the model: steps 1 to 4
 
 
 class QuietStar(nn.Module):
-    """A Mistral that thinks. At initialisation it predicts exactly what the Mistral does."""
+    """A Mistral that thinks. At initialisation it predicts exactly what the Mistral predicts."""
 
-    # What forward uses; fast.apply puts others here that compute the same for less.
+    # forward uses these three; fast/ replaces them by functions of the same results.
     thought_cache = ThoughtCache
     token_logits, token_logp = staticmethod(token_logits), staticmethod(token_logp)
 
@@ -245,34 +286,10 @@ class QuietStar(nn.Module):
         start, end = torch.randn(2, D).to(table) * table.std() if dash is None else (dash, dash)
         self.start_embedding = nn.Parameter(start / config.embedding_scale)  # [D]
         self.end_embedding = nn.Parameter(end / config.embedding_scale)  # [D]
-        self.mixing_head = nn.Sequential(
+        self.mixing_head = nn.Sequential(  # float32, whatever the dtype of the model
             nn.Linear(2 * D, D), nn.ReLU(), nn.Linear(D, D), nn.ReLU(), nn.Linear(D, 1, bias=False)
-        ).to(table)
+        ).to(table.device)
         nn.init.zeros_(self.mixing_head[4].weight)
-
-    def embed_thought(self, ids: Tensor) -> Tensor:
-        """Embeddings [..., D] of a thought's tokens ids [...]: ordinary ones, start or end.
-
-        Paper: appendix A. Both are stored small and used large, so that Adam, whose steps have the
-        size of the learning rate, moves them embedding_scale times as far.
-        """
-        is_start, is_end = ids == self.start_id, ids == self.end_id
-        x = self.model.embed_tokens(ids.masked_fill(is_start | is_end, 0))
-        x = torch.where(is_start[..., None], self.start_embedding * self.config.embedding_scale, x)
-        return torch.where(is_end[..., None], self.end_embedding * self.config.embedding_scale, x)
-
-    def mixing_weight(self, h_init: Tensor, h_thought: Tensor) -> Tensor:
-        """w [...] = 1 - MLP([h_init ; h_thought]), both [..., D]. Paper: section 4.3.
-
-        Not squashed: it may leave [0, 1], as in the authors' code. Their talk_head is this MLP and
-        multiplies the thought: w = 1 - theirs. The last layer starts at zero, so w at 1.
-        """
-        return 1 - self.mixing_head(torch.cat([h_init, h_thought], dim=-1)).squeeze(-1)
-
-    def step(self, token: Tensor, step: int, cache: ThoughtCache) -> Tensor:
-        """All thoughts read their step-th token [B, N, J] -> hidden states [B, N, J, D]."""
-        x = self.embed_thought(token).flatten(1, 2)  # [B, NJ, D]
-        return self.model.run(x, cache, cache.origin + step).unflatten(1, token.shape[1:])
 
     def forward(
         self,
@@ -283,17 +300,18 @@ class QuietStar(nn.Module):
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> Output:
-        """Think at every position of ids [B, T] in parallel and predict what comes next.
+        """Think at many positions of ids [B, T] in parallel, and predict the tokens that follow.
 
-        thought_ids [B, N, J, K] int64: force these thoughts; None samples them at `temperature`
-        (0: greedy) with `generator` (on the CPU; None: torch's own). N and K are the config's.
-        positions [J] int64, any of 0 .. T-2: where to think; None: all that have A targets,
-        0 .. T-1-A. target_mask [B, T] bool: False where a token is no target (padding, the first
-        of a document); keys are not masked, so padding stands on the right. Raises ValueError for
-        positions or thought_ids that do not fit.
+        thought_ids [B, N, J, K] int64: the thoughts to use. None: sample them at `temperature`
+        (0: greedy) with `generator` (on the CPU; None: torch's default).
+        positions [J] int64, each in 0 .. T-2: where to think. None: all that have A targets,
+        0 .. T-1-A.
+        target_mask [B, T] bool: False where a token is no target (padding, the first token of a
+        document). It does not mask keys, so padding must be on the right.
+        Raises ValueError if positions or thought_ids do not fit.
 
-        Gradients flow through the base pass (also as the keys that thoughts see), the thoughts'
-        tokens and the mixing; sampled ids are constants.
+        Gradients flow through the base pass (also as the keys that thoughts attend to), the
+        embeddings of the thoughts' tokens, and the mixing. Sampled ids are constants.
         """
         (B, T), config = ids.shape, self.config
         positions = torch.arange(max(T - config.n_true, 0)) if positions is None else positions
@@ -306,14 +324,14 @@ class QuietStar(nn.Module):
         target_mask = torch.ones_like(ids, dtype=torch.bool) if target_mask is None else target_mask
 
         text = KVCache(self.model.config)
-        h_init = self.model.run(self.model.embed_tokens(ids), text)  # [B, T, D]  1 base
-        logits = self.token_logits(h_init[:, :-1], self.model.lm_head.weight)  # [B, T-1, V]
+        h_init = self.model.run(self.model.embed_tokens(ids), text)  # 1 base: [B, T, D]
+        logits = self.token_logits(widen(h_init[:, :-1]), self.model.lm_head.weight)
         base_nll = -self.token_logp(logits, ids[:, 1:]) * target_mask[:, 1:]  # [B, T-1]
 
         cache = self.thought_cache(text, positions, config)
         uniform = torch.rand(shape, generator=generator).to(ids.device)
         thought_ids, thought_logp = self.think(cache, uniform, temperature, thought_ids)
-        talk_nll, weight = self.talk(cache, ids, positions, h_init)
+        talk_nll, weight = self.talk(cache, thought_ids, ids, positions, h_init)
         valid = valid_targets(target_mask, positions, config.n_true)  # [A, B, J]
         talk_nll = talk_nll * valid[:, :, None]
         return Output(
@@ -323,16 +341,16 @@ class QuietStar(nn.Module):
     def think(
         self, cache: ThoughtCache, uniform: Tensor, temperature: float, forced: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """2 think: sample the K tokens of every thought, or follow forced ones; section 4.2.
+        """2 think: sample the K tokens of every thought, or take forced ones. Paper: section 4.2.
 
-        uniform [B, N, J, K]: see sample_tokens; forced [B, N, J, K] or None. Returns ids and their
-        log p, both [B, N, J, K]. A forced meta token has probability 0; NEVER stands for its log.
+        uniform [B, N, J, K]: see sample_tokens; forced: [B, N, J, K] or None. Returns ids and their
+        log p, both [B, N, J, K]; log p of a forced meta token is NEVER. t_K is sampled, not read.
         """
         V, tau = self.model.config.vocab_size, self.config.reinforce_temperature
         token = torch.full(uniform.shape[:3], self.start_id, device=uniform.device)  # [B, N, J]
         thought, logp = [token.new_empty(*token.shape, 0)], [uniform[..., :0]]  # for K = 0
         for k in range(self.config.thought_length):
-            h = self.step(token, k + 1, cache)  # [B, N, J, D]
+            h = self.read(token[..., None], cache)[..., 0, :]  # [B, N, J, D]
             logits = self.token_logits(h, self.model.lm_head.weight, self.excluded)  # [B, N, J, V]
             if forced is not None:
                 token = forced[..., k]
@@ -340,45 +358,72 @@ class QuietStar(nn.Module):
                 token = logits.argmax(-1)
             else:
                 token = sample_tokens(logits / temperature, uniform[..., k])
-            logp_k = self.token_logp(logits, token.clamp(max=V - 1), tau)  # [B, N, J]
+            logp_k = self.token_logp(logits, token.clamp(max=V - 1), tau)  # log p(t_k | x_:j, t_<k)
             logp.append(logp_k.where(token < V, NEVER)[..., None])
             thought.append(token[..., None])
-        self.step(token, self.config.thought_length + 1, cache)  # what follows sees t_K too
         return torch.cat(thought, dim=-1), torch.cat(logp, dim=-1)
 
     def talk(
-        self, cache: ThoughtCache, ids: Tensor, positions: Tensor, h_init: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """3 talk: predict A true tokens after every thought -> nll and weight w [A, B, N, J].
+        self, cache: ThoughtCache, thought_ids: Tensor, ids: Tensor, positions: Tensor,
+        h_init: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """3 talk, 4 mix: predict A true tokens after every thought. Paper: sections 4.4 and 4.3.
 
-        end and the true tokens x_{j+1} .. x_{j+A-1} are read (teacher forcing; section 4.4). A
-        target beyond the text is scored against its last token, for the caller to mask.
+        One pass reads t_K (start if K = 0), end and x_{j+1} .. x_{j+A-1}. Returns the nll of
+        x_{j+1} .. x_{j+A} and the mixing weight w, both [A, B, N, J]. Past the end of the text, the
+        last token is repeated; the caller masks these targets.
         """
-        K, T = self.config.thought_length, ids.shape[1]
-        shape = (len(ids), self.config.n_thoughts, len(positions))
-        token = ids.new_full(shape, self.end_id)
-        nll, weight = [], []
-        for a in range(self.config.n_true):
-            h_thought = self.step(token, K + 2 + a, cache)  # [B, N, J, D]
-            ahead = (positions + a).clamp(max=T - 2)  # [J] j + a
-            h_ahead = h_init[:, None, ahead].expand_as(h_thought)  # [B, N, J, D] h_init_{j+a}
-            w = self.mixing_weight(h_ahead, h_thought)  # [B, N, J]  4 mix
-            mixed = mix(h_ahead, h_thought, w)  # [B, N, J, D]
-            token = ids[:, None, ahead + 1].expand(shape)  # x_{j+1+a}
-            logits = self.token_logits(mixed, self.model.lm_head.weight)  # [B, N, J, V]
-            nll.append(-self.token_logp(logits, token))
-            weight.append(w)
-        return torch.stack(nll), torch.stack(weight)
+        shape, T = (*thought_ids.shape[:3], 1), ids.shape[1]  # [B, N, J, 1]
+        start, end = (thought_ids.new_full(shape, token) for token in (self.start_id, self.end_id))
+        last = torch.cat([start, thought_ids], dim=-1)[..., -1:]  # [B, N, J, 1]
+        ahead = torch.arange(self.config.n_true, device=ids.device)  # a = 0 .. A-1
+        ahead = (positions[:, None] + ahead).clamp(max=T - 2)  # [J, A] j + a
+        true = ids[:, None, ahead + 1].expand(*shape[:3], -1)  # [B, N, J, A] x_{j+1+a}
+        h = self.read(torch.cat([last, end, true[..., :-1]], dim=-1), cache)
+        h_thought = h[..., 1:, :]  # [B, N, J, A, D] h_thought_{j,a}
+        h_ahead = h_init[:, None, ahead].expand_as(h_thought)  # h_init_{j+a}
+        w = self.mixing_weight(h_ahead, h_thought)  # [B, N, J, A] w_{j,a}
+        mixed = mix(h_ahead, h_thought, w)  # [B, N, J, A, D]
+        logits = self.token_logits(mixed, self.model.lm_head.weight)  # [B, N, J, A, V]
+        nll = -self.token_logp(logits, true)  # - log p_talk_{j,a}(x_{j+1+a})
+        return nll.movedim(-1, 0), w.movedim(-1, 0)
+
+    def read(self, token: Tensor, cache: ThoughtCache) -> Tensor:
+        """All thoughts read their next n tokens [B, N, J, n] -> hidden states [B, N, J, n, D]."""
+        steps = cache.length + 1 + torch.arange(token.shape[-1], device=token.device)  # [n]
+        x = self.embed_thought(token).flatten(1, 3)  # [B, NJ * n, D]
+        positions = (cache.origin[:, None] + steps).flatten()  # [NJ * n] j + step
+        return self.model.run(x, cache, positions).unflatten(1, token.shape[1:])
+
+    def embed_thought(self, ids: Tensor) -> Tensor:
+        """Embeddings [..., D] of a thought's tokens ids [...]: ordinary tokens, start or end.
+
+        Paper: appendix A. start and end are stored small and multiplied in use. A step of Adam has
+        the size of the learning rate, so it moves them embedding_scale times as far.
+        """
+        is_start, is_end = ids == self.start_id, ids == self.end_id
+        x = self.model.embed_tokens(ids.masked_fill(is_start | is_end, 0))
+        x = torch.where(is_start[..., None], self.start_embedding * self.config.embedding_scale, x)
+        return torch.where(is_end[..., None], self.end_embedding * self.config.embedding_scale, x)
+
+    def mixing_weight(self, h_init: Tensor, h_thought: Tensor) -> Tensor:
+        """w [...] = 1 - MLP([h_init ; h_thought]) in float32, both [..., D]. Paper: section 4.3.
+
+        w is not squashed and may leave [0, 1], as in the authors' code. Their talk_head is this MLP
+        and weighs the thought: w = 1 - theirs. The last layer starts at zero, so w starts at 1.
+        """
+        both = torch.cat([h_init, h_thought], dim=-1).to(self.mixing_head[0].weight)
+        return 1 - widen(self.mixing_head(both)).squeeze(-1)
 
     @torch.no_grad()
     def think_last(
         self, last: Tensor, cache: KVCache, thought_ids: Tensor | None = None
-    ) -> Prediction:
-        """Read the text's next token last [B], think greedily, and predict what follows.
+    ) -> "Prediction":
+        """Inference: read the text's next token last [B], think, and predict the token after it.
 
-        thought_ids [B, K] forces the thought. cache holds the text before `last`; afterwards it
-        holds `last` too and nothing of the thought. Paper: section 4.2, greedy at inference. Ours:
-        K + 1 passes, [last, start], t_1 .. t_{K-1} one by one, [t_K, end].
+        thought_ids [B, K] forces the thought; None: greedy (section 4.2). cache holds the text
+        before `last`; afterwards it holds `last` too, and nothing of the thought. Ours: K + 1
+        passes, [last, start], t_1 .. t_{K-1} one by one, [t_K, end].
         """
         start, end = (last.new_full((len(last), 1), i) for i in (self.start_id, self.end_id))
         x = torch.cat([self.model.embed_tokens(last[:, None]), self.embed_thought(start)], dim=1)
@@ -395,144 +440,145 @@ class QuietStar(nn.Module):
         h_init, h_thought = states[0][:, 0], states[-1][:, -1]  # [B, D]
         w = self.mixing_weight(h_init, h_thought)
         logits = token_logits(mix(h_init, h_thought, w), head, self.excluded)
-        base_logits = token_logits(h_init, head, self.excluded)
+        base_logits = token_logits(widen(h_init), head, self.excluded)
         return Prediction(logits, base_logits, torch.cat(thought, dim=1), w)
+
+
+class Prediction(NamedTuple):
+    """The result of QuietStar.think_last: the next token, and the thought before it."""
+
+    logits: Tensor  # [B, V] float32, mixed; meta tokens excluded
+    base_logits: Tensor  # [B, V] float32, without the thought
+    thought_ids: Tensor  # [B, K] int64
+    weight: Tensor  # [B] the mixing weight w
 
 
 # ------------------------------------------------------------------------------ 5 reward, 6 loss
 
 
-def reward(talk_nll: Tensor, base_nll: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
-    """r_j [B, N, J] in nats: how much likelier a thought made the next A tokens than the mean did.
+def log_likelihood(nll: Tensor) -> Tensor:
+    """R_j = sum_a log p(x_{j+1+a}), with or without a thought: nll [A, ...] -> [...] in nats.
 
-    talk_nll [A, B, N, J], base_nll [B, T-1], positions [J], valid [A, B, J] as in Output.
-    Paper: section 4.4. r_j = R_j minus the mean of R_j over the N thoughts of the position: the
-    advantage of group-relative methods, without the division by sigma. For example, with A = 2:
+    Paper: section 4.4.
+    """
+    return -nll.sum(0)
+
+
+def base_ahead(base_nll: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
+    """nll without thoughts of the same targets as talk_nll: [B, T-1] -> [A, B, 1, J]."""
+    a = torch.arange(len(valid), device=positions.device)[:, None]
+    nll = base_nll[:, (positions + a).clamp(max=base_nll.shape[1] - 1)]  # [B, A, J]
+    return (nll.transpose(0, 1) * valid)[:, :, None]
+
+
+def reward(talk_nll: Tensor, base_nll: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
+    """r_j [B, N, J] in nats: R_j of a thought minus the mean R_j of the N thoughts at its position.
+
+    Paper: section 4.4. talk_nll [A, B, N, J], base_nll [B, T-1], positions [J], valid [A, B, J] as
+    in Output. r_j is the advantage of group-relative methods, without the division by sigma. For
+    example, with A = 2 and N = 3:
 
         thought    nll of the two true tokens    R_j     mean    r_j
            1               1.0  1.0             -2.0     -4.0   +2.0
            2               2.0  1.0             -3.0            +1.0
            3               3.0  4.0             -7.0            -3.0   (0 if drop_negative)
 
-    Ours: a thought without siblings (N = 1) is compared with the base model's sum instead. 0 where
-    a target is missing. A constant: no gradient.
+    Ours: with N = 1 the baseline is R_j without a thought. The reward is 0 where a target is
+    missing. It is a constant: no gradient.
     """
-    R = -talk_nll.detach().sum(0)  # [B, N, J]  R_j = sum_a log p_talk(x_{j+1+a})
-    if R.shape[1] > 1:  # as differences, so that equal thoughts get exactly 0: it is scaled by 1e6
-        r = (R[:, :, None] - R[:, None]).mean(2)  # [B, N, J]  R_j - mean R_j
+    R = log_likelihood(talk_nll.detach())  # [B, N, J]
+    if R.shape[1] > 1:  # as differences: equal thoughts get exactly 0, also when scaled by 1e6
+        r = (R[:, :, None] - R[:, None]).mean(2)  # [B, N, J] r_j = R_j - mean R_j
     else:
-        r = R - base_sum(base_nll, positions, valid)
+        r = R - log_likelihood(base_ahead(base_nll.detach(), positions, valid))
     return torch.where(valid.all(0)[:, None], r, 0.0)
 
 
-def base_sum(base_nll: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
-    """R_j without a thought: sum_a log p_init(x_{j+1+a}) [B, 1, J] in nats over valid targets."""
-    steps = torch.arange(len(valid), device=positions.device)[:, None]
-    nll = base_nll.detach()[:, (positions + steps).clamp(max=base_nll.shape[1] - 1)]  # [B, A, J]
-    return -(nll.transpose(0, 1) * valid).sum(0)[:, None]
-
-
 def count_targets(target_mask: Tensor, positions: Tensor, n_true: int) -> tuple[int, int]:
-    """What the means of the loss run over, for a batch with target_mask [B, T].
+    """The denominators of the loss for a batch with target_mask [B, T].
 
-    Targets predicted without thought, and (sequence, position) pairs that have all A targets.
+    They are the number of targets predicted without a thought, and the number of (sequence,
+    position) pairs that have all A targets.
     """
     valid = valid_targets(target_mask, positions.to(target_mask.device), n_true)  # [A, B, J]
     return int(target_mask[:, 1:].sum()), int(valid.all(0).sum())
 
 
 def valid_mean(x: Tensor, output: Output, counts: tuple[int, int]) -> Tensor:
-    """Mean of x [B, N, J] over thoughts and valid positions, of which counts has the number."""
+    """Mean of x [B, N, J] over thoughts and valid positions, of which there are counts[1]."""
     return (x * output.valid.all(0)[:, None]).sum() / max(x.shape[1] * counts[1], 1)
 
 
 def quiet_star_loss(
     output: Output, config: ThoughtConfig, counts: tuple[int, int] | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of one step, and its metrics (detached scalars, in nats; weight is the mean of w).
+    """The loss of a batch and its metrics (detached scalars). Paper: section 4.4.
 
-    A position is valid if it has all A targets: padding then changes nothing. counts: those of the
-    whole batch where output is a part of it, so that losses, gradients and metrics of the parts
-    add up to the batch's. The metric init_nll is L_NLL without thoughts, over the same tokens, and
-    reward the mean of R_j minus that without a thought, for any N.
+    Only positions with all A targets count, so that padding changes nothing. counts: count_targets
+    of the whole batch if output is a part of it; losses, gradients and metrics then add up over the
+    parts. As in the authors' code: L_base and the weights, the mean over a in L_NLL, and means of
+    log p over thoughts, not logs of mean p.
 
-    Paper: section 4.4. As in the authors' code: L_base and the weights, the mean over a in L_NLL,
-    and R_j and L_NLL as means of log p over thoughts, not logs of mean p.
+    Metrics, in nats: init_nll is L_NLL without thoughts over the same tokens, reward the mean of
+    the r_j that REINFORCE used. weight is the mean of w.
     """
     counts = counts or count_targets(output.target_mask, output.positions, config.n_true)
-    _, _, base_nll, talk_nll, weight, valid, positions, _ = output
-    r = reward(talk_nll, base_nll, positions, valid)  # [B, N, J]
-    if config.drop_negative:
-        r = r.clamp(min=0)
-
+    _, thought_logp, base_nll, talk_nll, weight, valid, positions, _ = output
     mean = partial(valid_mean, output=output, counts=counts)
-    L_base = base_nll.sum() / max(counts[0], 1)  # - log p_init(x_{j+1})
+    r = reward(talk_nll, base_nll, positions, valid)  # [B, N, J]
+    r = r.clamp(min=0) if config.drop_negative else r
+
+    L_base = base_nll.sum() / max(counts[0], 1)  # - log p_init_j(x_{j+1})
     L_NLL = mean(talk_nll.mean(0))  # - mean_a log p_talk_{j,a}(x_{j+1+a})
-    L_REINFORCE = mean(-r * output.thought_logp.sum(-1))  # - r_j log p(thought_j), r_j a constant
-    init_nll = mean(-base_sum(base_nll, positions, valid).expand_as(r) / config.n_true)
+    L_REINFORCE = mean(-r * thought_logp.sum(-1))  # - r_j log p(T_j | x_:j, start)
     language = config.base_weight * L_base + (1 - config.base_weight) * L_NLL
+    loss = language + config.reinforce_weight * L_REINFORCE
+    init_nll = base_ahead(base_nll, positions, valid).mean(0).expand_as(r)
     metrics = {
-        "loss": language + config.reinforce_weight * L_REINFORCE,
+        "loss": loss,
         "base_nll": L_base,
         "talk_nll": L_NLL,
         "policy_loss": L_REINFORCE,
-        "init_nll": init_nll,
-        "reward": config.n_true * (init_nll - L_NLL),
-        "weight": mean(weight.float().mean(0)),
+        "init_nll": mean(init_nll),
+        "reward": mean(r),
+        "weight": mean(weight.mean(0)),
     }
-    return metrics["loss"], {name: value.detach() for name, value in metrics.items()}
+    return loss, {name: value.detach() for name, value in metrics.items()}
 
 
-# ------------------------------------------------------------------------------------- checkpoints
+# ----------------------------------------------------------------------------- load and save
 
 
 def save_quiet_star(model: QuietStar, folder: str | Path) -> None:
-    """Write a folder that save_mistral writes, and quiet_star.{json,safetensors} beside it."""
+    """Write the folder of save_mistral, and quiet_star.json and quiet_star.safetensors into it."""
     save_mistral(model.model, folder)
     own = {n: p.detach() for n, p in model.named_parameters() if not n.startswith("model.")}
-    write_file(Path(folder) / "quiet_star.safetensors", lambda path: save_file(own, path))
-    write_json(Path(folder) / "quiet_star.json", asdict(model.config))
-
-
-def read_thought_config(folder: str | Path) -> ThoughtConfig | None:
-    """How the model in a folder of save_quiet_star thinks; None if there is no quiet_star.json."""
-    path = Path(folder) / "quiet_star.json"
-    return settings_from(ThoughtConfig, read_json(path), path) if path.is_file() else None
-
-
-def load_any(folder: str | Path, dtype=None, device="cpu") -> QuietStar | Mistral:
-    """The thinking model in a folder of save_quiet_star or the authors', or the plain one in it.
-
-    dtype None keeps that of the file. Raises ValueError as load_mistral does.
-    """
-    folder = Path(folder)
-    config, shape = read_thought_config(folder), read_config(folder)
-    weights = read_weights(folder, shape.num_hidden_layers, shape.head_dim)
-    if config:
-        own = read_tensors(folder / "quiet_star.safetensors")
-    elif "start_embedding" in weights:
-        # Their "8 ahead" counts start and end, their ids are the last two of the vocabulary, row 1
-        # of an embedding is unused, and their talk_head is our mixing head (see mixing_weight).
-        V, D = shape.vocab_size, shape.hidden_size
-        config = ThoughtConfig(thought_length=6, start_id=V - 2, end_id=V - 1)
-        theirs = [name for name in weights if name.startswith(("talk_head.0.", "start_", "end_"))]
-        own = {name.replace("talk_head.0.", "mixing_head."): weights.pop(name) for name in theirs}
-        own |= {name: row.flatten()[:D] for name, row in own.items() if "_embedding" in name}
-    else:
-        return load_mistral(folder, dtype, device, weights)
-    if config.init_id is not None and config.init_id >= shape.vocab_size:
-        raise ValueError(f"{folder}: init_id is {config.init_id}; it is no token")
-    model = QuietStar(load_mistral(folder, dtype, device, weights), config)
-    own = {name: tensor.to(model.start_embedding) for name, tensor in own.items()}
-    base = {f"model.{name}": parameter for name, parameter in model.model.state_dict().items()}
-    assign_weights(model, base | own, folder)
-    model.model.tie_head()
-    return model
+    save_file(own, Path(folder) / "quiet_star.safetensors")
+    text = json.dumps(asdict(model.config), indent=2)
+    (Path(folder) / "quiet_star.json").write_text(text + "\n", encoding="utf-8")
 
 
 def load_quiet_star(folder: str | Path, dtype=None, device="cpu") -> QuietStar:
-    """load_any of a folder that must hold a thinking model; ValueError if it does not."""
-    model = load_any(folder, dtype, device)
-    if isinstance(model, QuietStar):
-        return model
-    raise ValueError(f"{folder} holds no thinking model; train.py --checkpoint makes one of it")
+    """Load a folder of save_quiet_star that holds a Mistral. Raises ValueError as load_mistral.
+
+    (support.checkpoints.load_any reads other families and the authors' release.)
+    """
+    config = json.loads((Path(folder) / "quiet_star.json").read_text(encoding="utf-8"))
+    own = read_tensors(Path(folder) / "quiet_star.safetensors")
+    return with_thoughts(load_mistral(folder, dtype, device), ThoughtConfig(**config), own, folder)
+
+
+def with_thoughts(
+    base: Mistral, config: ThoughtConfig, own: dict[str, Tensor], source: str | Path
+) -> QuietStar:
+    """A QuietStar with the weights of base and own (meta embeddings, mixing head).
+
+    Raises ValueError if they do not fit.
+    """
+    model = QuietStar(base, config)
+    like = {n: p for n, p in model.named_parameters() if not n.startswith("model.")}
+    own = {name: tensor.to(like.get(name, tensor)) for name, tensor in own.items()}
+    base_weights = {f"model.{name}": tensor for name, tensor in base.state_dict().items()}
+    assign_weights(model, base_weights | own, Path(source))
+    base.tie_head()
+    return model

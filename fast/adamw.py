@@ -35,7 +35,8 @@ def round_stochastically(target: Tensor, source: Tensor, generator: torch.Genera
 class BFloat16AdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov & Hutter 2019) for bfloat16 parameters; see the top of this file.
 
-    masters: keep float32 masters and moments; otherwise round stochastically.
+    masters: keep float32 masters and moments; otherwise round stochastically. A float32 parameter,
+    such as those of the mixing head, is updated as by torch's AdamW.
     """
 
     def __init__(self, params, masters: bool, weight_decay: float):
@@ -57,7 +58,7 @@ class BFloat16AdamW(torch.optim.Optimizer):
             state["step"] = 0
             state["exp_avg"] = torch.zeros_like(parameter, dtype=dtype)
             state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=dtype)
-            if self.masters:
+            if self.masters and parameter.dtype != torch.float32:
                 state["master"] = parameter.float()
         state["step"] += 1
         gradient = parameter.grad.float()
@@ -65,9 +66,9 @@ class BFloat16AdamW(torch.optim.Optimizer):
         square = state["exp_avg_sq"].float().lerp_(gradient.square(), 1 - BETA2)
         unbias1, unbias2 = 1 - BETA1 ** state["step"], 1 - BETA2 ** state["step"]
         move = mean / unbias1 / ((square / unbias2).sqrt_() + EPSILON)
-        weight = state["master"] if self.masters else parameter.float()
+        weight = state.get("master", parameter.float())  # itself if it is in float32
         weight.mul_(1 - lr * weight_decay).sub_(move, alpha=lr)
-        if self.masters:
+        if self.masters or parameter.dtype == torch.float32:
             state["exp_avg"], state["exp_avg_sq"] = mean, square
             parameter.copy_(weight)
             return

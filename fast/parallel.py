@@ -1,10 +1,9 @@
 """Several processes train on one batch, each with a part of every weight: PyTorch's FSDP2.
 
-    torchrun --nproc-per-node 8 train.py --checkpoint FOLDER --data FILE --out runs/mine
+    torchrun --nproc-per-node 8 train.py --fast --checkpoint FOLDER --data FILE --out runs/mine
 
-Every process runs train.py. train.py imports this file only where there are several, and enters it
-at the start of a run and of the loop (and asks for RANK where it writes). Batch, thoughts, losses,
-metrics and checkpoints are those of one process:
+Every process runs train.py, which imports this file only if there are several. Batch, thoughts,
+losses, metrics and checkpoints are those of one process:
 
     batch       each takes its share of the sequences of every micro-batch; the losses divide by the
                 counts of the whole batch, so gradients and metrics add up
@@ -21,7 +20,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -62,6 +60,8 @@ def start(settings, device: str | None, first: Callable) -> None:
     """
     if not settings.data:
         raise ValueError(f"{PROCESSES} processes need --data: one trains on the built-in corpus")
+    if not settings.fast:
+        raise ValueError(f"{PROCESSES} processes (torchrun) need --fast")
     if settings.eval_data:
         raise ValueError("eval_data is for one process; measure the model with eval.py --text")
     if settings.batch_size % PROCESSES:
@@ -95,8 +95,8 @@ def shard(model: QuietStar, optimizer: torch.optim.Optimizer) -> list[FSDPModule
     """
     mesh = init_device_mesh(next(model.parameters()).device.type, (PROCESSES,))
     whole = list(model.parameters())
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh, reshard_after_forward=False)
+    for module in (*model.model.layers, model.mixing_head):  # the head may have another dtype
+        fully_shard(module, mesh=mesh, reshard_after_forward=False)
     fully_shard(model, mesh=mesh)  # the rest: embeddings and head may be the same tensor
     # Nor after the backward pass of one run of a layer: others still need the weights in theirs.
     model.set_reshard_after_backward(False)
@@ -159,14 +159,12 @@ def share(loss_of: Callable) -> Callable:
     return loss_of_share
 
 
-def join(
-    model: QuietStar, optimizer, batch_gradient: Callable, log: Callable, save: Callable
-) -> tuple[Callable, Callable, Callable]:
-    """Train this model with the other processes: train.py's three functions, for several."""
+def gradient_of(model: QuietStar, optimizer, batch_gradient: Callable) -> Callable:
+    """batch_gradient of this model for several processes. Shards the model and the optimiser."""
     modules = shard(model, optimizer)
 
     def gradient(model, loss_of, ids, targets, settings, n_true, generator) -> Counter:
-        """Of the whole batch; --micro-batch is the number of sequences at once in a process."""
+        """Of the whole batch. --micro-batch is the number of sequences at once in a process."""
         size = settings.micro_batch and settings.micro_batch * PROCESSES
         at_once = replace(settings, micro_batch=size)
         metrics = batch_gradient(model, share(loss_of), ids, targets, at_once, n_true, generator)
@@ -176,13 +174,4 @@ def join(
         dist.all_reduce(total)
         return Counter(dict(zip(metrics, total.tolist(), strict=True)))
 
-    def save_whole(model, optimizer, *rest) -> None:
-        state = optimizer.state_dict()
-        for module in modules:
-            module.unshard()
-        if RANK == 0:
-            save(model, SimpleNamespace(state_dict=lambda: state), *rest)
-        for module in modules:
-            module.reshard()
-
-    return gradient, (lambda *line: RANK or log(*line)), save_whole
+    return gradient

@@ -8,12 +8,12 @@ import pytest
 import torch
 from tiny import random_ids, think_slowly, tiny_quiet_star
 
-import data
 import eval as evaluation
 from model import save_mistral
 from sample import generate
+from support import corpus
+from support.tokenizer import load_tokenizer, save_byte_tokenizer
 from thoughts import load_quiet_star, save_quiet_star
-from tokenizer import load_tokenizer, save_byte_tokenizer
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_puzzles(folder):
         assert text.endswith("=")
         assert "—" not in text
         moves = [int(move) for move in text.split("\n")[-1][:-1]]
-        assert data.is_held_out(moves)
+        assert corpus.is_held_out(moves)
         assert sum(moves) % 3 == answer
         asked.add(tuple(moves))
     assert len(asked) == 146
@@ -60,7 +60,7 @@ def test_an_aside_begun_right_begins_with_the_first_letter(folder, monkeypatch):
 def test_glance(folder):
     """A share of a third of the puzzles, and the greedy thought about the last of them."""
     model, tokenizer = load_quiet_star(folder), load_tokenizer(folder)
-    line, enough, metrics = evaluation.glance(model, tokenizer)
+    line, enough, metrics = evaluation.look_at_puzzles(model, tokenizer)
     assert (enough, metrics) == (False, {})
     puzzles = evaluation.held_out_puzzles(tokenizer, torch.device("cpu"), repeats=1)
     last = puzzles._replace(ids=puzzles.ids[-1:])
@@ -82,7 +82,7 @@ def test_a_base_model_is_trained_enough_when_it_hums_and_can_work(
     monkeypatch.setattr(evaluation, "score", lambda *_: evaluation.Score(right, 0.0))
     share = "100" if hum == "m" else "  0"
     line = f"hums in {share} % of its asides; begun right, {100 * right:3.0f} % end so"
-    assert evaluation.glance(model, tokenizer) == (line, enough, {})
+    assert evaluation.look_at_puzzles(model, tokenizer) == (line, enough, {})
 
 
 def test_score_by_hand():

@@ -90,8 +90,12 @@ def parallel_thought_mask(T, positions, n_thoughts, steps, window=None):
 
 
 @pytest.mark.parametrize("window", [None, 4, 1])
-def test_thought_cache_equals_dense_mask(window):
-    """Attention of a ThoughtCache against the dense matrix, forward and backward."""
+@pytest.mark.parametrize("passes", [[1, 1, 1, 1, 1], [1, 1, 3], [2, 3], [5]])
+def test_thought_cache_equals_dense_mask(window, passes):
+    """Attention of a ThoughtCache, with 5 steps in these passes, against the dense matrix.
+
+    Forward and backward.
+    """
     torch.manual_seed(0)
     B, H, Hkv, Dh, T, N, steps = 2, 4, 2, 6, 7, 3, 5
     positions, P = torch.tensor([0, 2, 5]), 3 * N
@@ -105,7 +109,13 @@ def test_thought_cache_equals_dense_mask(window):
     ]
     config = ThoughtConfig(N, thought_length=steps - 2, n_true=1)
     cache = QuietStar.thought_cache(text, positions, config)
-    got = torch.stack([cache.attend(0, *step) for step in own], dim=3)  # [B, H, P, steps, Dh]
+    got, begin = [], 0
+    for n in passes:
+        together = (torch.stack(x, 3).flatten(2, 3) for x in zip(*own[begin:][:n], strict=True))
+        got.append(cache.attend(0, *together).unflatten(2, (P, n)))  # [B, H, P, n, Dh]
+        begin += n
+        assert cache.length == begin
+    got = torch.cat(got, dim=3)  # [B, H, P, steps, Dh]
 
     def dense(index, text):
         rows = torch.stack([step[index] for step in own], dim=3).flatten(2, 3)
@@ -128,15 +138,17 @@ def test_thought_cache_equals_dense_mask(window):
 
 @pytest.mark.parametrize("window", [None, 3, 1])
 def test_thought_mask_is_the_rows_of_the_dense_mask(window):
-    """Step by step: the text's columns, and the columns of the same thought."""
+    """Any range of steps: the text's columns, and the columns of the same thought."""
     T, positions, steps = 6, torch.tensor([0, 3, 4]), 4
     dense = parallel_thought_mask(T, positions, 1, steps, window)
-    for step in range(1, steps + 1):
-        mask = thought_mask(positions, step, T, window)
-        for index in range(3):
+    for begin, last in itertools.combinations_with_replacement(range(1, steps + 1), 2):
+        mask = thought_mask(positions, range(begin, last + 1), T, window)
+        assert mask.shape == (3, last + 1 - begin, T + last)
+        for index, step in itertools.product(range(3), range(begin, last + 1)):
             first = T + index * steps
             row = dense[first + step - 1]
-            assert mask[index].tolist() == [*row[:T].tolist(), *row[first : first + step].tolist()]
+            expected = [*row[:T].tolist(), *row[first : first + last].tolist()]
+            assert mask[index, step - begin].tolist() == expected
             assert not row[first + step : first + steps].any()
 
 

@@ -10,8 +10,9 @@ from tiny import random_ids, think_slowly, tiny_mistral, tiny_quiet_star
 import sample
 from model import KVCache, Mistral, MistralConfig, save_mistral
 from sample import generate, generate_steps, nucleus
+from support import checkpoints, device, terminal
+from support.tokenizer import save_byte_tokenizer
 from thoughts import save_quiet_star
-from tokenizer import save_byte_tokenizer
 
 
 @pytest.mark.parametrize("window", [None, 4])
@@ -196,7 +197,7 @@ def test_a_thought_is_described_by_hand(folders):
     ids = torch.tensor([list(b"no"), list(b"ye")])
     weight = torch.tensor([0.125, 0.75])
     prediction = sample.Prediction(with_thought.log(), without.log(), ids, weight)
-    _, tokenizer = sample.load(folders[1], torch.device("cpu"))
+    _, tokenizer = checkpoints.load(folders[1], torch.device("cpu"))
     text, gain = sample.describe_thought(prediction, 1, 1, tokenizer)
     assert text == "thought 'ye'  w 0.750  log p -1.386 -> -0.693 (+0.693)"
     assert abs(gain - 0.6931) < 1e-3
@@ -206,14 +207,14 @@ def test_colors_are_for_terminals(monkeypatch):
     """Blue where a thought raised log p, orange where it lowered it, plain below 0.03 nats."""
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    assert sample.paint("x", 0.1) == "\x1b[38;5;33mx\x1b[0m"
-    assert sample.paint("x", -0.1) == "\x1b[38;5;208mx\x1b[0m"
-    assert sample.paint("x", 0.02) == "x"
+    assert terminal.paint("x", 0.1) == "\x1b[38;5;33mx\x1b[0m"
+    assert terminal.paint("x", -0.1) == "\x1b[38;5;208mx\x1b[0m"
+    assert terminal.paint("x", 0.02) == "x"
     monkeypatch.setenv("NO_COLOR", "1")
-    assert sample.paint("x", 0.1) == "x"
+    assert terminal.paint("x", 0.1) == "x"
     monkeypatch.delenv("NO_COLOR")
     monkeypatch.setattr("sys.stdout.isatty", lambda: False, raising=False)
-    assert sample.paint("x", 0.1) == "x"
+    assert terminal.paint("x", 0.1) == "x"
 
 
 @pytest.mark.parametrize(
@@ -237,7 +238,7 @@ def test_dtype_on_a_cpu(tmp_path, monkeypatch, capsys, kept, asked, share, taken
     save_mistral(model, tmp_path)
     save_byte_tokenizer(tmp_path)
     size = 4 * sum(p.numel() for p in model.parameters())
-    monkeypatch.setattr(sample, "free_memory", lambda device: size * share)
+    monkeypatch.setattr(checkpoints, "free_memory", lambda device: size * share)
     options = [
         "--model",
         str(tmp_path),
@@ -254,7 +255,7 @@ def test_dtype_on_a_cpu(tmp_path, monkeypatch, capsys, kept, asked, share, taken
             sample.main(options)
     else:
         sample.main(options)
-        loaded, _ = sample.load(tmp_path, torch.device("cpu"), asked)
+        loaded, _ = checkpoints.load(tmp_path, torch.device("cpu"), asked)
         assert loaded.lm_head.weight.dtype == taken
     said = capsys.readouterr().err.splitlines()
     assert len(said) == (1 if taken is None else 2 * (asked is None and taken == torch.bfloat16))
@@ -265,8 +266,8 @@ def test_dtype_on_a_cpu(tmp_path, monkeypatch, capsys, kept, asked, share, taken
 def test_free_memory_is_what_is_available(tmp_path, monkeypatch):
     """Not what is unused: the system gives caches back. Its kB are 1024 bytes."""
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemFree: 3 kB\nMemAvailable:   5 kB\n")
-    monkeypatch.setattr(sample, "Path", lambda path: tmp_path / "meminfo")
-    assert sample.free_memory(torch.device("cpu")) == 5 * 1024
+    monkeypatch.setattr(device, "Path", lambda path: tmp_path / "meminfo")
+    assert device.free_memory(torch.device("cpu")) == 5 * 1024
 
 
 def test_special_tokens_of_a_prompt(tmp_path):
@@ -276,7 +277,7 @@ def test_special_tokens_of_a_prompt(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(document))
     save_mistral(tiny_mistral(V=259), tmp_path)
     seen = []
-    model, tokenizer = sample.load(tmp_path, torch.device("cpu"))
+    model, tokenizer = checkpoints.load(tmp_path, torch.device("cpu"))
     model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].tolist()))
     for special in (False, True):
         sample.write(model, tokenizer, "<|end|>", 1, special=special, temperature=0)
@@ -288,7 +289,7 @@ def test_special_tokens_of_a_prompt(tmp_path):
 def test_tokenizer_of_another_model(folders, tmp_path, capsys):
     save_byte_tokenizer(tmp_path)
     save_mistral(tiny_mistral(V=258 + 512), tmp_path)
-    sample.load(tmp_path, torch.device("cpu"))
+    checkpoints.load(tmp_path, torch.device("cpu"))
     for V in (257, 258 + 513):
         save_mistral(tiny_mistral(V=V), tmp_path)
         with pytest.raises(SystemExit):

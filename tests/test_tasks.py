@@ -15,8 +15,8 @@ import eval as evaluation
 import sample
 from eval import Question, number_in
 from model import save_mistral
+from support.tokenizer import load_tokenizer, save_byte_tokenizer
 from thoughts import save_quiet_star
-from tokenizer import load_tokenizer, save_byte_tokenizer
 
 FIXTURES = Path(__file__).parent / "fixtures"
 WORDS = ["bank", "library", "store", "mall", "new york"]

@@ -10,18 +10,18 @@ import pytest
 import torch
 from tiny import random_ids, tiny_mistral, tiny_quiet_star
 
-import data
 import train
 from model import Mistral, MistralConfig, load_mistral, save_mistral
 from sample import generate
-from thoughts import load_quiet_star, save_quiet_star
-from tokenizer import load_tokenizer, save_byte_tokenizer
+from support import corpus, runs
+from support.files import write_json
+from support.settings import comments
+from support.text import Tokens, read_tokens, tokenize
+from support.tokenizer import load_tokenizer, save_byte_tokenizer
+from thoughts import ThoughtConfig, load_quiet_star, save_quiet_star
 
 SMALL = "--base-steps 4 --steps 4 --batch-size 3 --context 16 --thought-length 2 --save-every 2"
 SMALL += " --positions 6"
-
-
-FAST = pytest.mark.skipif(train.apply_fast is None, reason="the folder fast/ is not there")
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +31,9 @@ def small(monkeypatch):
     monkeypatch.setattr(train, "BASE", MistralConfig(258, 16, 32, 1, 2, 1))
     monkeypatch.setitem(train.BASE_SETTINGS, "batch_size", 4)
     monkeypatch.setattr(train.evaluation, "puzzle_table", lambda model, tokenizer: {})
-    monkeypatch.setattr(train.evaluation, "glance", lambda model, tokenizer: ("seen", False, {}))
+    monkeypatch.setattr(
+        train.evaluation, "look_at_puzzles", lambda model, tokenizer: ("seen", False, {})
+    )
 
 
 def run(out, options="", small=SMALL):
@@ -68,17 +70,17 @@ def test_resumed_run_has_the_losses_of_an_uninterrupted_one(
 ):
     """Killed in the middle of a step, or while a checkpoint is being written (step 4)."""
     run(tmp_path / "whole")
-    log = train.log
+    log = runs.log
 
     def log_or_die(folder, step, *rest):
         log(folder, step, *rest)
         if folder.name == stage and step == stopped_at:
             raise KilledError
 
-    monkeypatch.setattr(train, "log", log_or_die)
+    monkeypatch.setattr(runs, "log", log_or_die)
     with pytest.raises(KilledError):
         run(tmp_path / "killed")
-    monkeypatch.setattr(train, "log", log)
+    monkeypatch.setattr(runs, "log", log)
     train.main(["--out", str(tmp_path / "killed"), "--resume", "--device", "cpu"])
     lines = [len((tmp_path / x / "metrics.jsonl").read_text().split()) for x in ("whole", "killed")]
     assert lines[0] == lines[1]  # no step was logged twice
@@ -161,7 +163,7 @@ def test_positions_are_drawn_anew_every_step():
 def test_all_that_is_random_has_the_seed(tmp_path, monkeypatch):
     """Both corpora, the weights of both stages, and every batch."""
     seen = {"corpus": [], "weights": [], "batch": []}
-    make_corpus, batch, manual_seed = data.make_corpus, data.Tokens.batch, torch.manual_seed
+    make_corpus, batch, manual_seed = corpus.make_corpus, Tokens.batch, torch.manual_seed
 
     def noting(kind, function, place):
         def noted(*arguments):
@@ -170,9 +172,9 @@ def test_all_that_is_random_has_the_seed(tmp_path, monkeypatch):
 
         return noted
 
-    monkeypatch.setattr(data, "make_corpus", noting("corpus", make_corpus, 0))
+    monkeypatch.setattr(corpus, "make_corpus", noting("corpus", make_corpus, 0))
     monkeypatch.setattr(torch, "manual_seed", noting("weights", manual_seed, 0))
-    monkeypatch.setattr(data.Tokens, "batch", noting("batch", batch, 4))
+    monkeypatch.setattr(Tokens, "batch", noting("batch", batch, 4))
     run(tmp_path, "--seed 7")
     assert seen["corpus"] == [7, 8]
     assert seen["weights"] == [7, 7]
@@ -287,12 +289,12 @@ def test_a_vocabulary_without_the_em_dash(tmp_path, checkpoint):
 def prepared(tmp_path, checkpoint):
     """The same text as a folder of tokens, in the form that tools/prepare.py gives it."""
     folder, tokenizer = tmp_path / "prepared", load_tokenizer(tmp_path / "pretrained")
-    tokens = train.data.tokenize([(tmp_path / "text.txt").read_text()], tokenizer)
+    tokens = tokenize([(tmp_path / "text.txt").read_text()], tokenizer)
     folder.mkdir()
     tokens.ids.numpy().astype("uint16").tofile(folder / "tokens.bin")
     tokens.is_target.numpy().tofile(folder / "is_target.bin")
     about = {"tokens": len(tokens.ids), "dtype": "uint16", "tokenizer": tokenizer.identity()}
-    train.write_json(folder / "manifest.json", about)
+    write_json(folder / "manifest.json", about)
     return folder
 
 
@@ -337,17 +339,17 @@ def test_looks_at_held_out_text_leave_the_training_as_it_is(
     run(tmp_path / "without", checkpoint + FEW, small="")
     options = f"{checkpoint}{FEW} --eval-data {tmp_path / kind} --eval-every 2 --eval-sequences 3"
     run(tmp_path / "with", options, small="")
-    log = train.log
+    log = runs.log
 
     def log_or_die(folder, step, *rest):
         log(folder, step, *rest)
         if step == 4:
             raise KilledError
 
-    monkeypatch.setattr(train, "log", log_or_die)
+    monkeypatch.setattr(runs, "log", log_or_die)
     with pytest.raises(KilledError):
         run(tmp_path / "killed", options, small="")
-    monkeypatch.setattr(train, "log", log)
+    monkeypatch.setattr(runs, "log", log)
     train.main(["--out", str(tmp_path / "killed"), "--resume", "--device", "cpu"])
     without, whole, killed = (losses(tmp_path / name) for name in ("without", "with", "killed"))
     seen = held_out(whole)
@@ -356,7 +358,7 @@ def test_looks_at_held_out_text_leave_the_training_as_it_is(
     assert without == whole == killed
 
     model, tokenizer = (f(tmp_path / "with/quiet_star") for f in (load_quiet_star, load_tokenizer))
-    tokens = train.data.read_tokens([tmp_path / kind], tokenizer)
+    tokens = read_tokens([tmp_path / kind], tokenizer)
     ids, mask = tokens.batch(0, 3, 16, 0, torch.device("cpu"))
     assert not torch.equal(ids[0], ids[1])
     nlls = train.evaluation.text_nll(model, ids.flatten(), mask.flatten(), 16)
@@ -367,8 +369,8 @@ def test_looks_at_held_out_text_leave_the_training_as_it_is(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--eval-every 2", "eval_every means nothing without eval_data"),
-        ("--eval-sequences 2", "eval_sequences means nothing without eval_data"),
+        ("--eval-every 2", "eval_every has no effect without eval_data"),
+        ("--eval-sequences 2", "eval_sequences has no effect without eval_data"),
         ("--eval-data text.txt --eval-every 0", "eval_every is 0; it must be at least 1"),
         ("--eval-data nowhere", "cannot read"),
         ("--context 999", "tokens, one sequence needs 999"),
@@ -389,14 +391,14 @@ def test_text_that_cannot_be_used(tmp_path, monkeypatch, checkpoint, capsys, opt
     assert not (tmp_path / "out").exists()
 
 
-@FAST
 @pytest.mark.parametrize("options", ["--masters", "--no-masters", "--checkpointing"])
 def test_bfloat16_trains_and_resumes(tmp_path, checkpoint, options):
     """3 + 1 steps are 4 steps, bit for bit, also with random rounding."""
-    settings = f"{checkpoint} --steps 4 --context 16 --dtype bfloat16 --lr 1e-3 {options}"
+    settings = f"{checkpoint} --steps 4 --context 16 --fast --dtype bfloat16 --lr 1e-3 {options}"
     run(tmp_path / "whole", settings + " --save-every 3", small="")
     model = load_quiet_star(tmp_path / "whole" / "quiet_star")
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in model.model.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in model.mixing_head.parameters()} == {torch.float32}
 
     def killed(*arguments):
         raise KilledError
@@ -414,24 +416,30 @@ def test_bfloat16_trains_and_resumes(tmp_path, checkpoint, options):
     same_weights(tmp_path / "whole" / "quiet_star", tmp_path / "killed" / "quiet_star")
 
 
-@FAST
-def test_what_fast_is_asked_for(monkeypatch):
-    """Model, checkpointing, compile, masters."""
+def test_what_fast_is_asked_for(tmp_path, monkeypatch, checkpoint):
+    """The first sequence of the run's first batch; checkpointing, compile, masters."""
     asked = []
 
-    def apply(model, *options):
-        asked.append(options)
-        return torch.optim.AdamW
+    def enter(model, ids, targets, *options):
+        asked.append((ids.shape, targets.shape, *options))
+        raise ValueError("asked")
 
-    monkeypatch.setattr(train, "apply_fast", apply)
-    for options in ({}, {"checkpointing": True}, {"compile": True}, {"masters": False}):
-        train.make_optimizer(tiny_quiet_star(), train.Settings(**options))
+    monkeypatch.setattr("fast.enter", enter)
+    for options in (
+        "", "--checkpointing", "--compile", "--dtype bfloat16", "--dtype bfloat16 --no-masters"
+    ):  # fmt: skip
+        with pytest.raises(SystemExit):
+            run(tmp_path / "out", f"{checkpoint} --context 16 --fast {options}", small="")
     assert asked == [
-        (False, False, True), (True, False, True), (False, True, True), (False, False, False)
+        ((1, 16), (1, 16), *options)
+        for options in (
+            (False, False, True), (True, False, True), (False, True, True), (False, False, True),
+            (False, False, False),
+        )
     ]  # fmt: skip
+    assert not (tmp_path / "out").exists()
 
 
-@FAST
 def test_preset(tmp_path, checkpoint):
     options = checkpoint + " --preset mistral-7b --steps 1 --context 16"
     run(tmp_path / "out", options, small="")
@@ -443,15 +451,14 @@ def test_preset(tmp_path, checkpoint):
 def test_tricks_need_fast(tmp_path, checkpoint, capsys):
     for option in ("--checkpointing", "--compile", "--dtype bfloat16"):
         with pytest.raises(SystemExit) as stopped:
-            run(tmp_path / "out", f"{checkpoint} --context 16 --plain {option}", small="")
+            run(tmp_path / "out", f"{checkpoint} --context 16 {option}", small="")
         assert stopped.value.code == 2
-        assert "need fast/" in capsys.readouterr().err
+        assert "need --fast" in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
 
 
-@FAST
 def test_plain_and_fast_runs_are_the_same(tmp_path):
-    for name, option in (("plain", "--plain"), ("fast", "")):
+    for name, option in (("plain", ""), ("fast", "--fast")):
         run(tmp_path / name, option)
     plain, quick = (losses(tmp_path / name) for name in ("plain", "fast"))
     assert len(plain) == 8
@@ -459,10 +466,9 @@ def test_plain_and_fast_runs_are_the_same(tmp_path):
         assert quick[key] == pytest.approx(metrics, rel=1e-4, abs=1e-5)
 
 
-@FAST
 @pytest.mark.slow
 def test_compiled_losses_are_the_same(tmp_path, checkpoint):
-    for name, option in (("plain", ""), ("compiled", " --compile")):
+    for name, option in (("plain", ""), ("compiled", " --fast --compile")):
         settings = " --steps 2 --context 16 --lr 1e-3 --policy-weight 1"  # 1e6 amplifies rounding
         run(tmp_path / name, checkpoint + settings + option, small="")
     plain, compiled = (losses(tmp_path / name) for name in ("plain", "compiled"))
@@ -500,7 +506,7 @@ def test_runs_get_their_own_folders(tmp_path, monkeypatch):
         ("--work 1.5", "work is 1.5; it must be between 0 and 1"),
         ("--cooldown 10", "cooldown is 10.0; it must be between 0 and 1"),
         ("--data text", "--data needs --checkpoint"),
-        ("--eval-data text", "eval_data means nothing without data"),
+        ("--eval-data text", "eval_data has no effect without data"),
         ("--checkpoint nowhere --data text", "base_steps is of the built-in corpus"),
         ("--resume --seed 1", "leave out"),
         ("--dtype float16", "dtype is float16; it must be float32 or bfloat16"),
@@ -557,7 +563,7 @@ def test_a_model_with_ids_of_its_own_thinks_on(tmp_path):
     first = tiny_quiet_star(V=260, start_id=258, end_id=259)
     save_quiet_star(first, tmp_path)
     save_byte_tokenizer(tmp_path)
-    settings, thoughts = train.Settings(checkpoint=str(tmp_path)), train.ThoughtConfig()
+    settings, thoughts = train.Settings(checkpoint=str(tmp_path)), ThoughtConfig()
     again = train.thinking_model(settings, thoughts, tmp_path / "run", torch.device("cpu"))
     assert again.config == replace(thoughts, start_id=258, end_id=259)
 
@@ -578,11 +584,11 @@ def test_held_out_text_is_the_same_for_every_seed_and_none_of_it_comes_twice(
     (tmp_path / "held_out.txt").write_text("One and one is two! " * 3)
     seen = []
 
-    def glance(model, ids, is_target):
-        seen.append(ids)
-        return "", False, {}
+    def text_nll(model, ids, is_target, context):
+        seen.append(ids.view(-1, context))
+        return torch.zeros(1), torch.zeros(1)
 
-    monkeypatch.setattr(train.evaluation, "glance_at_text", glance)
+    monkeypatch.setattr(train.evaluation, "text_nll", text_nll)
     for seed in (0, 7):
         options = f"{checkpoint}{FEW} --steps 1 --eval-data {tmp_path / 'held_out.txt'}"
         run(tmp_path / str(seed), f"{options} --eval-every 1 --seed {seed}", small="")
@@ -591,9 +597,8 @@ def test_held_out_text_is_the_same_for_every_seed_and_none_of_it_comes_twice(
     assert len(seen[0].unique(dim=0)) == 3
 
 
-@FAST
 def test_the_base_model_of_the_built_in_corpus_is_trained_in_float32(tmp_path):
-    run(tmp_path, "--dtype bfloat16 --base-steps 1 --steps 1")
+    run(tmp_path, "--fast --dtype bfloat16 --base-steps 1 --steps 1")
     assert load_mistral(tmp_path / "base").lm_head.weight.dtype == torch.float32
     thinking = load_quiet_star(tmp_path / "quiet_star")
     assert thinking.model.lm_head.weight.dtype == torch.bfloat16
@@ -606,8 +611,14 @@ def test_a_base_model_that_can_work_is_trained_no_longer(tmp_path, monkeypatch, 
     def glance(model, tokenizer):
         return "seen", isinstance(model, Mistral) and next(looks), {}
 
-    monkeypatch.setattr(train.evaluation, "glance", glance)
-    monkeypatch.setattr(train, "GLANCE", {"base": 2, "quiet_star": 2})
+    def train_and_look(
+        model, loss_of, optimizer, tokens, settings, n_true, folder, look, *rest, **_
+    ):
+        one_stage(model, loss_of, optimizer, tokens, settings, n_true, folder, look, 2)
+
+    one_stage = train.train
+    monkeypatch.setattr(train.evaluation, "look_at_puzzles", glance)
+    monkeypatch.setattr(train, "train", train_and_look)
     run(tmp_path, "--base-steps 9")
     assert capsys.readouterr().out.count(": seen") == 2 + 2
     steps = [step for stage, step in losses(tmp_path) if stage == "base"]
@@ -647,9 +658,7 @@ def test_every_setting_has_a_help_text(capsys):
         train.main(["--help"])
     text = capsys.readouterr().out
     for settings in (train.Settings, train.ThoughtConfig):
-        assert set(train.data.comments(settings)) == {
-            field.name for field in train.fields(settings)
-        }
+        assert set(comments(settings)) == {field.name for field in train.fields(settings)}
     assert "--thought-length N" in text
 
 

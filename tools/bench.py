@@ -13,7 +13,7 @@ A step handles M = T + N J (K + A + 1) tokens. The floor of its time is M times 
 spends per token in a plain language-model step, forward and backward, head and loss included; the
 floor of its memory M / T times what a plain step saves for its backward pass. Times are medians of
 steps that alternate, so that a busy machine slows all alike; memory is the peak over the loaded
-model, in a process of its own. "fast" is what train.py does, "plain" what its --plain does.
+model, in a process of its own. "plain" is what train.py does, "fast" what its --fast does.
 """
 
 import argparse
@@ -38,18 +38,14 @@ from torch import Tensor
 
 import fast
 import train
-from data import write_json
 from model import Mistral, MistralConfig, load_mistral
-from sample import (
-    dtype_that_fits,
-    execute,
-    generate,
-    generate_steps,
-    make_parser,
-    pick_device,
-)
+from sample import generate, generate_steps
+from support.checkpoints import dtype_that_fits
+from support.device import pick_device
+from support.files import write_json
+from support.terminal import execute, make_parser
+from support.tokenizer import load_tokenizer
 from thoughts import QuietStar, ThoughtConfig, count_targets, quiet_star_loss
-from tokenizer import load_tokenizer
 from tools import plan
 
 SMALL = MistralConfig(4096, 288, 768, 6, 6, 2)  # 7.7 M parameters
@@ -375,7 +371,8 @@ def bench_preset(options: argparse.Namespace) -> None:
     with device:
         base = Mistral(MISTRAL_7B).bfloat16()
     model = QuietStar(base, config)
-    optimizer = train.make_optimizer(model, settings)
+    AdamW = fast.apply(model, settings.checkpointing, settings.compile, settings.masters)
+    optimizer = train.make_optimizer(model, settings, AdamW)
     peak, generator = plan.peak_flops(device, torch.bfloat16), torch.Generator().manual_seed(0)
     flops, positions = plan.step_flops(MISTRAL_7B, config, work), torch.arange(work.J)
     for step in range(options.steps):

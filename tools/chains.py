@@ -21,20 +21,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data import check_at_least
-from eval import (
-    Question,
-    about,
-    answer_all,
-    number_in,
-    read_questions,
-    results_file,
-    show_scores,
-)
-from model import Mistral
-from sample import DTYPES, execute, load, make_parser, pick_device, write
+from eval import Question, number_in, read_questions, show_scores, ways_to_answer
+from model import Mistral, check_at_least
+from sample import write
+from support.checkpoints import load
+from support.device import DTYPES, pick_device
+from support.results import about, answer_all, results_file
+from support.terminal import execute, make_parser
+from support.tokenizer import Tokenizer
 from thoughts import QuietStar
-from tokenizer import Tokenizer
 
 STEP_BY_STEP = "\nA: Let's think step by step."
 THEREFORE = "\nTherefore, the answer (arabic numerals) is"
@@ -94,7 +89,9 @@ def run(options: argparse.Namespace) -> None:
     model, tokenizer = load(options.model, pick_device(options.device), dtype)
     answer = partial(answer_after_chains, tokenizer=tokenizer, chains=chains)
     out = results_file(options, "gsm8k-cot")
-    results = answer_all(model, questions, answer, out, about(options) | chains._asdict())
+    results = answer_all(
+        ways_to_answer(model), questions, answer, out, about(options) | chains._asdict()
+    )
     print(show_scores("gsm8k", results, SCORES))
     print(f"a line for each question is in {out}")
 

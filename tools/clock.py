@@ -17,20 +17,22 @@ from pathlib import Path
 
 import torch
 
-import data
 import eval as evaluation
 import train
-from data import read_json, write_json, write_text
 from model import save_mistral
-from runs import copy_tokenizer
-from sample import execute, load, make_parser, pick_device
+from support import corpus
+from support.checkpoints import load
+from support.device import pick_device
+from support.files import read_json, write_json, write_text
+from support.runs import copy_tokenizer
+from support.terminal import execute, make_parser
+from support.tokenizer import Tokenizer, load_tokenizer
 from thoughts import QuietStar
-from tokenizer import Tokenizer, load_tokenizer
 from tools.compare import training_options
 from tools.experiments import COLUMNS, EXPERIMENTS, same_settings, score_cells
 from tools.objectives import plain_loss
 
-HUM = " um" * data.ASIDE  # in place of the clock's, of which other tokenizers make few tokens
+HUM = " um" * corpus.ASIDE  # in place of the clock's, of which other tokenizers make few tokens
 LINES = 20_000
 WATCHED = 6  # of the held-out puzzles, one in so many is looked at in training
 TEXTS = {  # share of the lines that have an aside, share of these that work; the others hum
@@ -42,7 +44,7 @@ BASE = {"steps": 300, "lr": 2e-4, "context": 64}  # of "works" and "hums": steps
 ABLE = 0.95  # share of the asides begun right that end so, with which a model goes on
 THOUGHTS = {  # what differs from the paper's settings
     "lr": 3e-5, "mixing_lr": 3e-4, "cooldown": 0.5, "context": 64, "positions": 16,
-    "thought_length": data.ASIDE, "n_true": 1, "embedding_scale": 1.0,
+    "thought_length": corpus.ASIDE, "n_true": 1, "embedding_scale": 1.0,
     "reinforce_temperature": 1.0, "policy_weight": 10.0,
 }  # fmt: skip
 ARMS = {name: EXPERIMENTS[name] for name in ("full", "policy0", "pause", "none")}
@@ -63,10 +65,10 @@ def held_out_puzzles(tokenizer: Tokenizer, device: torch.device) -> evaluation.P
     puzzles = evaluation.held_out_puzzles(tokenizer, device, repeats=1)
     before = tokenizer.encode("=—")
     hum = tokenizer.encode("=—" + HUM)[len(before) :]
-    if puzzles.work.shape[1] != data.ASIDE or len(hum) != data.ASIDE:
+    if puzzles.work.shape[1] != corpus.ASIDE or len(hum) != corpus.ASIDE:
         raise ValueError(
             f"the tokenizer makes {puzzles.work.shape[1]} tokens of an aside and {len(hum)} of "
-            f"{HUM!r}, which must be {data.ASIDE}: give a checkpoint with a token for each digit"
+            f"{HUM!r}, which must be {corpus.ASIDE}: give a checkpoint with a token for each digit"
         )
     return puzzles._replace(hum=hum[0])
 
@@ -80,7 +82,7 @@ def some(puzzles: evaluation.Puzzles) -> evaluation.Puzzles:
 # -------------------------------------------------------------------------------- the command line
 
 
-def glance(model: QuietStar, tokenizer: Tokenizer, puzzles: evaluation.Puzzles, humming: bool):
+def look(model: QuietStar, tokenizer: Tokenizer, puzzles: evaluation.Puzzles, humming: bool):
     """Something to watch while the model learns to work or to hum, whether it can, and {}."""
     plain = model.model
     at_once = evaluation.score(plain(puzzles.ids)[:, -1], puzzles).right
@@ -104,10 +106,10 @@ def train_base(
         options = BASE | kept | {"checkpoint": checkpoint, "data": [out / f"{name}.txt"]}
         same_settings(run / "settings.json", options)
         if not folder.exists():
-            watch = partial(glance, tokenizer=tokenizer, puzzles=puzzles, humming=name == "hums")
+            watch = partial(look, tokenizer=tokenizer, puzzles=puzzles, humming=name == "hums")
             print(f"run {run} on {device}")
             chosen = train.make_settings(options)
-            model = train.train_thoughts(*chosen, run, device, plain_loss, glance=watch)
+            model = train.train_thoughts(*chosen, run, device, plain_loss, look=watch)
             new = run / "model.tmp"
             save_mistral(model.model, new)
             copy_tokenizer(run, new)
@@ -147,15 +149,15 @@ def run(options: argparse.Namespace) -> None:
     puzzles = some(held_out_puzzles(tokenizer, device))
     out.mkdir(parents=True, exist_ok=True)
     for name, shares in TEXTS.items():
-        text = data.make_corpus(options.seed, LINES, *shares).replace(data.HUM, HUM)
+        text = corpus.make_corpus(options.seed, LINES, *shares).replace(corpus.HUM, HUM)
         write_text(out / f"{name}.txt", text)
     train_base(options.checkpoint, out, more, device, tokenizer, puzzles)
     measure(out / "hums.json", base, device)
-    watch = partial(evaluation.glance, tokenizer=tokenizer, puzzles=puzzles)
+    watch = partial(evaluation.look_at_puzzles, tokenizer=tokenizer, puzzles=puzzles)
     for name in options.only:
         print(f"run {out / name} on {device}")
         chosen = train.make_settings(arms[name])
-        train.train_thoughts(*chosen, out / name, device, ARMS[name].loss, glance=watch)
+        train.train_thoughts(*chosen, out / name, device, ARMS[name].loss, look=watch)
         measure(out / f"{name}.json", out / name / "quiet_star", device)
     there = [name for name in LABELS if (out / f"{name}.json").exists()]
     text = show_tables({name: read_json(out / f"{name}.json")["table"] for name in there})

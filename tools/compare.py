@@ -25,14 +25,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import data
 import eval as evaluation
+import model
 import train
-from data import add_settings, read_json, write_json, write_text
 from model import KVCache, Mistral
-from sample import DTYPES, describe_thought, execute, load, make_parser, pick_device, show_status
+from sample import describe_thought
+from support.checkpoints import load
+from support.device import DTYPES, pick_device
+from support.files import read_json, read_utf8, write_json, write_text
+from support.settings import add_settings
+from support.terminal import execute, make_parser, show_status
+from support.text import Tokens, read_documents, tokenize
+from support.tokenizer import Tokenizer, load_tokenizer
 from thoughts import QuietStar, ThoughtConfig
-from tokenizer import Tokenizer, load_tokenizer
 from tools.experiments import EXPERIMENTS, same_settings
 
 HELD_OUT = 10  # one in so many
@@ -73,7 +78,7 @@ def split_text(files: list[str]) -> tuple[list[str], list[str]]:
     known: list[str] = []
     held_out: list[str] = []
     for file in files:
-        documents = data.read_documents([file])
+        documents = read_documents([file])
         single = len(documents) == 1
         parts = documents[0].splitlines(keepends=True) if single else documents
         cut = len(parts) - len(parts) // HELD_OUT
@@ -269,12 +274,12 @@ def show_thoughts(model: QuietStar, tokenizer: Tokenizer, ids: Tensor) -> str:
 # -------------------------------------------------------------------------------- the command line
 
 
-def prepare(options: argparse.Namespace, out: Path) -> tuple[dict, data.Tokens]:
+def prepare(options: argparse.Namespace, out: Path) -> tuple[dict, Tokens]:
     """Options of train.py for all runs, and the held-out tokens.
 
     Both sides of the text are written. What cannot work fails here, with a ValueError.
     """
-    data.check_at_least(options, sequences=2, limit=1, seeds=1)
+    model.check_at_least(options, sequences=2, limit=1, seeds=1)
     for file in filter(None, (options.gsm8k, options.csqa)):
         if not Path(file).is_file():
             raise ValueError(f"there is no file {file}")
@@ -285,7 +290,7 @@ def prepare(options: argparse.Namespace, out: Path) -> tuple[dict, data.Tokens]:
         for arm in ARMS:
             same_settings(out / f"seed{seed}" / arm / "settings.json", training | {"seed": seed})
     known, held_out = split_text(options.data)
-    tokens = data.tokenize(held_out, load_tokenizer(options.checkpoint))
+    tokens = tokenize(held_out, load_tokenizer(options.checkpoint))
     if len(tokens.ids) < 2 * settings.context:
         raise ValueError(
             f"the text held out has {len(tokens.ids)} tokens; two sequences of {settings.context} "
@@ -296,7 +301,7 @@ def prepare(options: argparse.Namespace, out: Path) -> tuple[dict, data.Tokens]:
         text = "".join(json.dumps({"text": document}) + "\n" for document in documents)
         if not path.exists():
             write_text(path, text)
-        elif data.read_utf8(path) != text:
+        elif read_utf8(path) != text:
             raise ValueError(f"{path} is of other --data than {options.data}; give another --out")
     return training, tokens
 

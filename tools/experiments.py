@@ -29,13 +29,15 @@ from typing import NamedTuple
 
 import torch
 
-import data
 import eval as evaluation
 import train
-from data import read_json, write_json, write_text
-from sample import execute, make_parser
+from support import corpus
+from support.files import read_json, write_json, write_text
+from support.runs import make_folder
+from support.terminal import execute, make_parser
+from support.text import tokenize
+from support.tokenizer import load_tokenizer
 from thoughts import QuietStar, quiet_star_loss
-from tokenizer import load_tokenizer
 from tools import objectives
 from tools.plan import work_of
 
@@ -82,7 +84,7 @@ BASE_BASELINE = "base-baseline", objective(objectives.base_as_baseline)
 
 def scarce_rows(percent: int) -> dict[str, tuple[str, Experiment]]:
     """A base model, and Quiet-STaR from it."""
-    if percent == 100 * data.WORK:
+    if percent == 100 * corpus.WORK:
         return {", base model": BASE, "": FULL}
     base = f"base-{percent}", scarce(percent)._replace(begins=None)
     return {", base model": base, "": (f"work-{percent}", scarce(percent))}
@@ -111,8 +113,8 @@ TABLES: dict[str, dict[str, tuple[str, Experiment]]] = {  # title: {row: (name, 
         "pause tokens": PAUSE,
     },
     "Length of a thought. Paper: longer thoughts help.": {
-        f"K = {K}": FULL if K == data.ASIDE else (f"K{K}", Experiment({"thought_length": K}))
-        for K in (0, 1, 2, 4, data.ASIDE, 8, 12)
+        f"K = {K}": FULL if K == corpus.ASIDE else (f"K{K}", Experiment({"thought_length": K}))
+        for K in (0, 1, 2, 4, corpus.ASIDE, 8, 12)
     },
     "A curriculum of falling K and A, each row from the one before (as Fast Quiet-STaR).": {
         "K = 12, A = 4": ("K12-A4", Experiment({"thought_length": 12, "n_true": 4})),
@@ -226,7 +228,7 @@ def perform(job: Job) -> Job:
     began, run, device = time.perf_counter(), job.model().parent, torch.device("cpu")
     same_settings(run / "settings.json", job.options(), job.more())
     settings, thoughts = train.make_settings(job.options())
-    train.make_folder(settings, thoughts, run)
+    make_folder(settings, thoughts, run)
     write_json(run / "settings.json", read_json(run / "settings.json") | job.more())
     nll: dict[str, list[float]] = {}
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # status lines
@@ -239,8 +241,8 @@ def perform(job: Job) -> Job:
         tokenizer = load_tokenizer(run)
         table = evaluation.puzzle_table(model, tokenizer)
         if isinstance(model, QuietStar):  # the nll of every target without and with a thought
-            text = data.make_corpus(0, HELD_OUT_LINES, train.EXPLAINED, held_out=True)
-            tokens = data.tokenize([text], tokenizer)
+            text = corpus.make_corpus(0, HELD_OUT_LINES, train.EXPLAINED, held_out=True)
+            tokens = tokenize([text], tokenizer)
             nlls = evaluation.text_nll(model, tokens.ids, tokens.is_target, settings.context)
             nll = {kind: x.tolist() for kind, x in zip(("without", "with"), nlls, strict=True)}
     last = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]

@@ -35,8 +35,9 @@ from thoughts import (
     Output,
     QuietStar,
     ThoughtConfig,
-    base_sum,
+    base_ahead,
     count_targets,
+    log_likelihood,
     quiet_star_loss,
     reward,
     valid_mean,
@@ -88,8 +89,9 @@ def all_advantages(output: Output, config: ThoughtConfig, counts: Counts = None)
 
 def base_as_baseline(output: Output, config: ThoughtConfig, counts: Counts = None) -> Loss:
     """r_n = S_n - b: the information that a thought gained. Quiet-STaR has it for N = 1 only."""
-    b = base_sum(output.base_nll, output.positions, output.valid)  # [B, 1, J]
-    return reinforce(-output.talk_nll.sum(0) - b, output, config, counts)
+    base_nll = base_ahead(output.base_nll, output.positions, output.valid)  # [A, B, 1, J]
+    r = log_likelihood(output.talk_nll) - log_likelihood(base_nll)  # [B, N, J]
+    return reinforce(r, output, config, counts)
 
 
 def log_mean(output: Output, config: ThoughtConfig, counts: Counts = None) -> Loss:
@@ -100,7 +102,7 @@ def log_mean(output: Output, config: ThoughtConfig, counts: Counts = None) -> Lo
     metric talk_nll stays - mean_n S_n / A, to be compared.
     """
     loss, metrics = quiet_star_loss(output, config, counts)
-    S = -output.talk_nll.sum(0)  # [B, N, J]
+    S = log_likelihood(output.talk_nll)  # [B, N, J]
     together = S.logsumexp(1, keepdim=True) - math.log(S.shape[1])  # [B, 1, J] log mean_n exp(S_n)
     tighter = S.mean(1, keepdim=True) - together  # at most 0 (Jensen)
     counts = counts_of(output, config, counts)
@@ -117,7 +119,7 @@ def probability_reward(output: Output, config: ThoughtConfig, counts: Counts = N
     and all advantages are kept.
     """
     check_siblings(config)
-    p = (-output.talk_nll.sum(0)).exp()  # [B, N, J]
+    p = log_likelihood(output.talk_nll).exp()  # [B, N, J]
     return reinforce(p - p.mean(1, keepdim=True), output, config, counts)
 
 

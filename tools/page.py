@@ -21,10 +21,13 @@ from typing import NamedTuple
 
 import torch
 
-from data import Tokens, read_documents, tokenize, write_text
-from sample import execute, load, make_parser, pick_device, show_status
+from support.checkpoints import load
+from support.device import pick_device
+from support.files import write_text
+from support.terminal import execute, make_parser, show_status
+from support.text import Tokens, read_documents, tokenize
+from support.tokenizer import Tokenizer
 from thoughts import Output, QuietStar, ThoughtConfig, reward
-from tokenizer import Tokenizer
 
 # Nats at which a colour begins, also in page.html's legend: 1.03, 1.1, 1.3, 2.7 times as likely
 BOUNDS = (0.03, 0.1, 0.3, 1.0)

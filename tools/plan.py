@@ -4,7 +4,7 @@
     python -m tools.plan --preset mistral-7b --positions 128   the shape of Mistral 7B
     python -m tools.plan --checkpoint FOLDER --micro-batch 2   the shape of a checkpoint
 
-Options are those of train.py. The plan is of its fast path (--plain keeps more activations).
+Options are those of train.py. The plan is of its fast path; without --fast more is kept.
 Letters as in model.py and thoughts.py; rows = N * J thoughts of a sequence.
 """
 
@@ -16,9 +16,11 @@ from pathlib import Path
 
 import torch
 
-from data import add_settings
-from model import MistralConfig, read_config
-from sample import DTYPES, execute, free_memory, make_parser, pick_device
+from model import MistralConfig
+from support.checkpoints import read_config
+from support.device import DTYPES, free_memory, pick_device
+from support.settings import add_settings
+from support.terminal import execute, make_parser
 from thoughts import ThoughtConfig
 from train import BASE, BUILT_IN, BUILT_IN_THOUGHTS, PRESETS, Settings, make_settings
 
@@ -102,7 +104,7 @@ def memory_plan(
     text = work.T * (L * (kept + 2 * H) + 3 * D)
     thought = rows * steps * L * kept
     ends = rows * (steps * (2 + wide) * D + A * 8 * D)  # last norms, heads, mixing
-    passing = 3 * wide * rows * model.vocab_size + 2 * rows * layer
+    passing = 3 * wide * max(rows * A, work.T) * model.vocab_size + 2 * rows * (A + 1) * layer
     _, _, count = parameters(model)
     plan = {
         "weights": count * weight_bytes,
@@ -170,8 +172,6 @@ def run(options: argparse.Namespace) -> None:
     given = dict(vars(options))
     free = free_memory(pick_device(given.pop("device")))
     shape, settings, thoughts = read_shape(given)
-    if settings.plain:
-        raise ValueError("--plain is given, and the plan is of the fast path; leave it out")
     work, weight = work_of(settings, thoughts), DTYPES[settings.dtype].itemsize
     state = 8 if weight == 4 else 12 if settings.masters else 4  # bytes a parameter: fast/adamw.py
     plan = memory_plan(shape, thoughts, work, weight, state, settings.checkpointing)

@@ -7,7 +7,7 @@ import argparse
 import json
 from pathlib import Path
 
-from sample import execute, make_parser
+from support.terminal import execute, make_parser
 
 CURVES = {  # title of a panel: metrics drawn in it, with their labels
     "loss of a token (nats)": {

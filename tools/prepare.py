@@ -41,9 +41,10 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 import torch
 
-from data import MANIFEST, json_object, read_json, text_of, tokenize, version, write_json
-from sample import execute, make_parser, show_status
-from tokenizer import load_tokenizer
+from support.files import json_object, read_json, write_json
+from support.terminal import execute, make_parser, show_status
+from support.text import MANIFEST, text_of, tokenize, version
+from support.tokenizer import load_tokenizer
 
 CHUNK = 2**20  # bytes read, and about as many characters for a worker, at once
 FILES = ("tokens.bin", "is_target.bin", MANIFEST)

@@ -14,21 +14,23 @@ import copy
 import torch
 from torch import Tensor
 
-import data
-from sample import execute, load, make_parser
+from support import corpus
+from support.checkpoints import load
+from support.terminal import execute, make_parser
+from support.tokenizer import Tokenizer
 from thoughts import (
     Output,
     QuietStar,
     ThoughtConfig,
-    base_sum,
+    base_ahead,
+    log_likelihood,
     quiet_star_loss,
     reward,
     thought_mask,
 )
-from tokenizer import Tokenizer
 
-TEXT = data.puzzle_line(data.all_puzzles(held_out=False)[5]) + data.puzzle_line(
-    data.all_puzzles(held_out=True)[40]
+TEXT = corpus.puzzle_line(corpus.all_puzzles(held_out=False)[5]) + corpus.puzzle_line(
+    corpus.all_puzzles(held_out=True)[40]
 )
 
 
@@ -41,8 +43,8 @@ def most_helped(model: QuietStar, ids: Tensor) -> int:
     """The position of ids [1, T] where a greedy thought gains most."""
     with torch.no_grad():
         output = model(ids, temperature=0)
-    base = base_sum(output.base_nll, output.positions, output.valid)  # [1, 1, J]
-    gain = -output.talk_nll.sum(0) - base  # [1, N, J]
+    base_nll = base_ahead(output.base_nll, output.positions, output.valid)  # [A, 1, 1, J]
+    gain = log_likelihood(output.talk_nll) - log_likelihood(base_nll)  # [1, N, J]
     return int(output.positions[gain[0, 0].argmax()])
 
 
@@ -61,7 +63,7 @@ def draw_mask(config: ThoughtConfig, j: int, ids: Tensor, window: int | None, sp
     text = "".join(f"{spell(token)[0]}" for token in ids[0])
     lines = [f"{'':18}{text} | steps 1 .. {steps}"]
     for step, name in enumerate(names, 1):
-        [visible] = thought_mask(torch.tensor([j]), step, T, window).tolist()
+        [[visible]] = thought_mask(torch.tensor([j]), range(step, step + 1), T, window).tolist()
         row = ["#" if seen else "." for seen in visible]
         lines.append(f"{step:4}  {name:12}{''.join(row[:T])} | {''.join(row[T:])}")
     return lines
@@ -133,10 +135,10 @@ def walk(model: QuietStar, tokenizer: Tokenizer, ids: Tensor, j: int, seed: int)
     minus = "its mean over N" if N > 1 else "R without a thought, since N = 1"
     lines += ["", f"5 reward: R = sum of log p_talk over the A tokens, r = R minus {minus}"]
     r = reward(output.talk_nll, output.base_nll, output.positions, output.valid)[0, :, 0]  # [N]
-    lines.append(f"    without a thought    R = {-ahead.sum():.4f}")
+    lines.append(f"    without a thought    R = {log_likelihood(ahead):.4f}")
     for n in range(N):
         dropped = "  (negative: dropped)" if config.drop_negative and r[n] < 0 else ""
-        R = -talk_nll[:, n].sum()
+        R = log_likelihood(talk_nll[:, n])
         lines.append(f"    thought {n + 1}            R = {R:.4f}  r = {r[n]:+.4f}{dropped}")
     loss, _ = quiet_star_loss(output, config)
     c, weight = config.base_weight, config.reinforce_weight

@@ -10,8 +10,8 @@ from tiny import tiny_quiet_star
 
 import sample
 from eval import Question
+from support.tokenizer import load_tokenizer, save_byte_tokenizer
 from thoughts import save_quiet_star
-from tokenizer import load_tokenizer, save_byte_tokenizer
 from tools import chains
 from tools.chains import Chains
 

@@ -7,11 +7,11 @@ import torch
 from test_tokenizer import CHAR_OF, write_json
 from tiny import tiny_mistral
 
-import data
 import eval as evaluation
 from model import save_mistral
+from support import corpus
+from support.tokenizer import load_tokenizer, save_byte_tokenizer
 from thoughts import load_quiet_star
-from tokenizer import load_tokenizer, save_byte_tokenizer
 from tools import clock
 
 
@@ -33,15 +33,15 @@ def folder(tmp_path):
 def test_puzzles(folder):
     tokenizer = load_tokenizer(folder)
     puzzles = clock.held_out_puzzles(tokenizer, torch.device("cpu"))
-    assert len(puzzles.ids) == len(data.all_puzzles(held_out=True))
+    assert len(puzzles.ids) == len(corpus.all_puzzles(held_out=True))
     assert tokenizer.decode([puzzles.hum]) == " um"
     few = clock.some(puzzles)
     assert len(few.ids) == len(few.answers) == len(few.work) == 25
     for row, answer, work in zip(*map(torch.Tensor.tolist, few[:3]), strict=True):
         asked = tokenizer.decode(row).split("\n")[-1]
         moves = torch.tensor([int(move) for move in asked[:-1]]).numpy()
-        assert tokenizer.decode(work) == data.explanation(moves)
-        assert answer == moves.sum() % data.HOURS
+        assert tokenizer.decode(work) == corpus.explanation(moves)
+        assert answer == moves.sum() % corpus.HOURS
 
 
 def test_able_is_who_works_when_begun_right_and_else_hums(folder, monkeypatch):
@@ -54,7 +54,7 @@ def test_able_is_who_works_when_begun_right_and_else_hums(folder, monkeypatch):
             monkeypatch.setattr(evaluation, "aloud", lambda *a, begun, x=(said, answers): x)
             model = type("Model", (), {"model": lambda ids: torch.zeros(len(ids), 1, 300)})
             for humming in (True, False):
-                line, enough, metrics = clock.glance(model, tokenizer, puzzles, humming)
+                line, enough, metrics = clock.look(model, tokenizer, puzzles, humming)
                 assert enough == (able and (hums or not humming))
                 assert metrics == {}
             assert f"begun right {float(able or 1 / 3):.1f}"[:13] in line

@@ -11,8 +11,9 @@ import torch
 from tiny import random_ids, think_slowly, tiny_quiet_star
 
 from model import save_mistral
+from support.text import Tokens
+from support.tokenizer import load_tokenizer, save_byte_tokenizer
 from thoughts import save_quiet_star
-from tokenizer import load_tokenizer, save_byte_tokenizer
 from tools import compare
 
 
@@ -226,16 +227,17 @@ def test_questions_are_answered_after_pauses(tmp_path, files, monkeypatch):
 
 
 def test_batches_are_the_same_and_reinforce_has_a_part_in_one(tmp_path, files, monkeypatch):
-    batch, drawn = compare.data.Tokens.batch, []
+    batch, drawn = Tokens.batch, []
 
     def watch(self, step, *rest):
         drawn.append((step, *rest[:3]))
         return batch(self, step, *rest)
 
-    monkeypatch.setattr(compare.data.Tokens, "batch", watch)
+    monkeypatch.setattr(Tokens, "batch", watch)
     compare.main([*arguments(tmp_path, files), "--policy-weight", "0.5"])
+    # The first batch is drawn once more, to see whether the text is long enough.
     drawn = [given for given in drawn if given[1] == 2 and given[2] == 12]
-    assert [drawn.count((step, 2, 12, seed)) for step in (0, 1) for seed in (0, 1)] == [3, 3, 3, 3]
+    assert [drawn.count((step, 2, 12, seed)) for step in (0, 1) for seed in (0, 1)] == [6, 6, 3, 3]
     for run in RUNS:
         saved = json.loads((tmp_path / "out" / run / "settings.json").read_text())
         assert saved["thoughts"]["policy_weight"] == 0.5

@@ -10,11 +10,12 @@ import torch
 from test_train import losses
 from tiny import random_ids, tiny_quiet_star
 
-import data
 import train
 from model import MistralConfig, load_mistral
+from support import corpus, runs
+from support.text import tokenize
+from support.tokenizer import load_tokenizer
 from thoughts import load_quiet_star
-from tokenizer import load_tokenizer
 from tools import experiments, objectives
 
 TINY = {"steps": 4, "base_steps": 4, "context": 16, "lr": 1e-3, "save_every": 2}
@@ -65,7 +66,7 @@ def test_training_without_thoughts_is_that_of_a_language_model(tmp_path, small):
     assert len(losses(folder)) == 4
     model = load_mistral(home / "base" / "base")
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=1e-3)
-    tokens = data.tokenize([data.make_corpus(1, 300, train.EXPLAINED)], load_tokenizer(folder))
+    tokens = tokenize([corpus.make_corpus(1, 300, train.EXPLAINED)], load_tokenizer(folder))
     for step in range(4):
         optimizer.param_groups[0]["lr"] = 1e-3 * (step + 1) / 20
         ids, mask = tokens.batch(step, 8, 16, 0, torch.device("cpu"))
@@ -159,13 +160,13 @@ def test_stages_of_a_curriculum_are_run_in_order_and_paid_for():
 
 
 def test_the_share_of_asides_that_work_is_that_of_both_stages(tmp_path, small, monkeypatch):
-    seen, make_corpus = [], data.make_corpus
+    seen, make_corpus = [], corpus.make_corpus
 
     def watched(seed, lines, explained, work=0.3, held_out=False):
         seen.append((explained, work))
         return make_corpus(seed, lines, explained, work, held_out)
 
-    monkeypatch.setattr(data, "make_corpus", watched)
+    monkeypatch.setattr(corpus, "make_corpus", watched)
     experiments.main(["--out", str(tmp_path), "--seeds", "1", "--only", "work-10"])
     assert seen[:2] == [(train.BASE_EXPLAINED, 0.1), (train.EXPLAINED, 0.1)]
 
@@ -204,17 +205,17 @@ def test_resumed_run_has_the_losses_of_an_uninterrupted_one(
     class KilledError(Exception):
         pass
 
-    whole, log = run("whole"), train.log
+    whole, log = run("whole"), runs.log
 
     def log_or_die(folder, step, *rest):
         log(folder, step, *rest)
         if folder.name == stage and step == stopped_at:
             raise KilledError
 
-    monkeypatch.setattr(train, "log", log_or_die)
+    monkeypatch.setattr(runs, "log", log_or_die)
     with pytest.raises(KilledError):
         run("killed")
-    monkeypatch.setattr(train, "log", log)
+    monkeypatch.setattr(runs, "log", log)
     killed = run("killed")
     assert losses(killed) == losses(whole)
     lines = [(run / "metrics.jsonl").read_text().count("\n") for run in (killed, whole)]

@@ -9,10 +9,10 @@ import pytest
 import torch
 from tiny import random_ids, think_slowly, tiny_quiet_star
 
-from data import Tokens
 from model import save_mistral
+from support.text import Tokens
+from support.tokenizer import save_byte_tokenizer
 from thoughts import ThoughtConfig, save_quiet_star
-from tokenizer import save_byte_tokenizer
 from tools import page
 from tools.page import Record, Thought, extremes, figures, level, read_thoughts, render, visible
 

@@ -101,7 +101,7 @@ def test_what_fits_and_what_to_try(monkeypatch, capsys):
     said = planned(monkeypatch, capsys, "--preset", "mistral-7b", "--masters")
     assert "optimiser 87.51" in said
     assert "does not fit: try --dtype bfloat16 --no-masters, a smaller --positions" in said
-    options = ["--preset", "mistral-7b", "--dtype", "float32", "--no-checkpointing"]
+    options = ["--preset", "mistral-7b", "--dtype", "float32", "--masters", "--no-checkpointing"]
     said = planned(monkeypatch, capsys, *options, "--micro-batch", "2")
     assert "weights 29.17, gradients 29.17, optimiser 58.34, " in said
     assert "try --micro-batch 1, --checkpointing, --dtype bfloat16 --no-masters, a smaller" in said
@@ -125,7 +125,6 @@ def test_the_shape_of_a_checkpoint_and_of_the_built_in_corpus(tmp_path, monkeypa
     [
         (["--checkpoint", "nowhere"], "nowhere is no checkpoint"),
         (["--preset", "mistral-7b", "--context", "3"], "0 have 4 (n_true) ahead"),
-        (["--plain"], "--plain is given"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(capsys, options, message):

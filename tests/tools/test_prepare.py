@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-import data
-from tokenizer import load_tokenizer, save_byte_tokenizer
+from support.files import read_json, write_json
+from support.text import read_documents, read_tokens, tokenize
+from support.tokenizer import load_tokenizer, save_byte_tokenizer
 from tools import prepare
 
 CPU = torch.device("cpu")
@@ -67,7 +68,7 @@ def refused(capsys, *arguments, **named):
 def same_tokens(folder, documents, tokenizer=MISTRAL):
     """Whether a prepared folder has the batches of documents read directly; its manifest."""
     tokenizer = prepare.load_once(tokenizer)
-    direct, prepared = data.tokenize(documents, tokenizer), data.read_tokens([folder], tokenizer)
+    direct, prepared = tokenize(documents, tokenizer), read_tokens([folder], tokenizer)
     assert torch.equal(direct.ids, torch.from_numpy(prepared.ids.astype(np.int64)))
     assert torch.equal(direct.is_target, torch.from_numpy(np.array(prepared.is_target)))
     assert not prepared.ids.flags.writeable
@@ -77,7 +78,7 @@ def same_tokens(folder, documents, tokenizer=MISTRAL):
         ):
             assert one.dtype == other.dtype
             assert torch.equal(one, other)
-    return data.read_json(folder / "manifest.json")
+    return read_json(folder / "manifest.json")
 
 
 def write_files(folder):
@@ -96,7 +97,7 @@ def test_prepared_text_has_the_batches_of_text_read_directly(tmp_path, monkeypat
     monkeypatch.setattr(prepare, "CHUNK", 200)
     files.append(tmp_path / "c.json")
     out = run(tmp_path, *files, options=["--workers", "2"])
-    manifest = same_tokens(out, data.read_documents(files))
+    manifest = same_tokens(out, read_documents(files))
     assert (manifest["documents"], manifest["dtype"]) == (63, "uint16")
     assert not manifest["odd"]
     assert sorted(x.name for x in tmp_path.iterdir()) == ["a.txt", "b.JSONL", "c.json", "out"]
@@ -214,7 +215,7 @@ def test_what_is_odd_is_told_and_refused_only_with_strict(tmp_path, in_place, ca
     assert "--strict" in error
     assert (tmp_path / "out" / "manifest.json").exists()  # nothing is lost
     if name.endswith(("bom.txt", "lines.txt", "nul.txt")):  # read directly, it is the same
-        assert data.read_documents([file]) == documents
+        assert read_documents([file]) == documents
 
 
 def test_folder_is_used_again_and_refused_when_something_changed(tmp_path, in_place, capsys):
@@ -233,7 +234,7 @@ def test_folder_is_used_again_and_refused_when_something_changed(tmp_path, in_pl
     error = refused(capsys, tmp_path, *files)
     assert f"{files[0]} has changed; --rebuild makes it anew" in error
     run(tmp_path, *files, options=["--rebuild"])
-    same_tokens(out, data.read_documents(files))
+    same_tokens(out, read_documents(files))
     os.utime(files[1], ns=(1, 1))
     assert f"{files[1]} has changed" in refused(capsys, tmp_path, *files)
 
@@ -246,8 +247,8 @@ def test_a_killed_run_leaves_no_corpus(tmp_path, in_place):
     out.rename(left)
     (left / "manifest.json").unlink()
     with pytest.raises(ValueError, match="cannot read"):
-        data.read_tokens([left], load_tokenizer(MISTRAL))
-    same_tokens(run(tmp_path, *files), data.read_documents(files))
+        read_tokens([left], load_tokenizer(MISTRAL))
+    same_tokens(run(tmp_path, *files), read_documents(files))
     assert not left.exists()
 
 
@@ -255,17 +256,17 @@ def test_damaged_folders(tmp_path, in_place):
     out, tokenizer = run(tmp_path, *write_files(tmp_path)), load_tokenizer(MISTRAL)
     for files in ([tmp_path / "a.txt", out], [out, tmp_path / "a.txt"]):  # not beside others
         with pytest.raises(ValueError, match="is prepared text, which is given alone"):
-            data.read_tokens(files, tokenizer)
+            read_tokens(files, tokenizer)
     whole = (out / "tokens.bin").read_bytes()
     (out / "tokens.bin").write_bytes(whole[:-2])
     with pytest.raises(ValueError, match="is damaged"):
-        data.read_tokens([out], tokenizer)
+        read_tokens([out], tokenizer)
     (out / "tokens.bin").unlink()
     with pytest.raises(ValueError, match="is damaged"):
-        data.read_tokens([out], tokenizer)
-    data.write_json(out / "manifest.json", {"tokenizer": tokenizer.identity()})
+        read_tokens([out], tokenizer)
+    write_json(out / "manifest.json", {"tokenizer": tokenizer.identity()})
     with pytest.raises(ValueError, match="is damaged"):
-        data.read_tokens([out], tokenizer)
+        read_tokens([out], tokenizer)
 
 
 def test_another_tokenizer(tmp_path, in_place):
@@ -273,11 +274,11 @@ def test_another_tokenizer(tmp_path, in_place):
     save_byte_tokenizer(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
     out = run(tmp_path, *write_files(tmp_path), tokenizer=str(tmp_path))
-    data.read_tokens([out], tokenizer)
+    read_tokens([out], tokenizer)
     (tmp_path / "config.json").write_text('{"eos_token_id": 0}')
     for other in (load_tokenizer(tmp_path), load_tokenizer(MISTRAL)):
         with pytest.raises(ValueError, match="was not prepared with this checkpoint's tokenizer"):
-            data.read_tokens([out], other)
+            read_tokens([out], other)
 
 
 def test_bad_input(tmp_path, capsys, in_place):

@@ -7,8 +7,8 @@ import torch
 from tiny import random_ids, tiny_quiet_star
 
 from model import save_mistral
+from support.tokenizer import load_tokenizer, save_byte_tokenizer
 from thoughts import quiet_star_loss, reward, save_quiet_star
-from tokenizer import load_tokenizer, save_byte_tokenizer
 from tools import walk
 
 TEXT = "ab=cd=ef\n"

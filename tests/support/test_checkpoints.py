@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import random_ids, tiny_quiet_star
 
-from model import load_mistral, save_mistral
-from thoughts import load_any, load_quiet_star, save_quiet_star
+from model import load_mistral
+from support.checkpoints import load_any
+from thoughts import load_quiet_star, save_quiet_star
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 
 def same_output(one, other, ids):
@@ -32,7 +33,9 @@ def test_round_trip(tmp_path):
     assert again.config == model.config
     same_output(again, model, random_ids(2, 8, 21))
     half = load_quiet_star(tmp_path, dtype=torch.bfloat16)
-    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    dtypes = {name.split(".")[0]: parameter.dtype for name, parameter in half.named_parameters()}
+    assert dtypes.pop("mixing_head") == torch.float32
+    assert {*dtypes.values()} == {torch.bfloat16}
     plain = load_mistral(tmp_path)
     assert torch.equal(plain(random_ids(1, 5)), model.model(random_ids(1, 5)))
     own = load_file(tmp_path / "quiet_star.safetensors")
@@ -79,7 +82,7 @@ def released(request, tmp_path):
 def test_the_authors_checkpoint(released):
     """Their names, their two meta tokens at the end of the vocabulary, row 0 of [2, D]."""
     folder, weights, _ = released
-    model = load_quiet_star(folder)
+    model = load_any(folder)
     assert (model.start_id, model.end_id) == (65, 66)
     assert model.config.embedding_scale == 100
     assert torch.equal(model.start_embedding, weights["start_embedding"][0])
@@ -91,7 +94,7 @@ def test_the_authors_checkpoint(released):
 def test_the_authors_checkpoint_computes_their_step(released):
     """The recorded losses with and without thoughts, from the folder alone."""
     folder, _, tensors = released
-    model = load_quiet_star(folder)
+    model = load_any(folder)
     model.config = replace(model.config, thought_length=3, n_true=3)
     ids = tensors["input_ids"]
     S = ids.shape[1]
@@ -111,13 +114,7 @@ def test_the_authors_end_embedding_is_read_apart(released):
         part = load_file(file)
         if "end_embedding" in part:
             save_file(part | {"end_embedding": part["end_embedding"] + 1}, file)
-    assert torch.equal(load_quiet_star(folder).end_embedding, weights["end_embedding"][0] + 1)
-
-
-def test_a_plain_model_is_no_thinking_model(tmp_path):
-    save_mistral(tiny_quiet_star().model, tmp_path)
-    with pytest.raises(ValueError, match="holds no thinking model"):
-        load_quiet_star(tmp_path)
+    assert torch.equal(load_any(folder).end_embedding, weights["end_embedding"][0] + 1)
 
 
 def test_broken_quiet_star_files(tmp_path):
@@ -126,16 +123,16 @@ def test_broken_quiet_star_files(tmp_path):
     good = json.loads(path.read_text())
     path.write_text(json.dumps(good | {"speed": 1}))
     with pytest.raises(ValueError, match=r"quiet_star\.json: .*'speed'"):
-        load_quiet_star(tmp_path)
+        load_any(tmp_path)
     path.write_text(json.dumps(good | {"n_true": 0}))
     with pytest.raises(ValueError, match="n_true is 0; it must be at least 1"):
-        load_quiet_star(tmp_path)
+        load_any(tmp_path)
     path.write_text(json.dumps(good))
     weights = load_file(tmp_path / "quiet_star.safetensors")
     del weights["start_embedding"]
     save_file(weights, tmp_path / "quiet_star.safetensors")
     with pytest.raises(ValueError, match="start_embedding"):
-        load_quiet_star(tmp_path)
+        load_any(tmp_path)
     for change, message in (
         ({"n_thoughts": "2"}, "n_thoughts is '2'; it must be int"),
         ({"n_true": 10**30}, "n_true is 1000000.*; it must be int"),
@@ -147,7 +144,7 @@ def test_broken_quiet_star_files(tmp_path):
     ):
         path.write_text(json.dumps(good | change))
         with pytest.raises(ValueError, match=message):
-            load_quiet_star(tmp_path)
+            load_any(tmp_path)
 
 
 # ------------------------------------------------------------------------------ files gone wrong

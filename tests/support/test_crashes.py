@@ -12,10 +12,9 @@ import pytest
 import torch
 from test_train import SMALL, losses, run, same_weights, small  # noqa: F401  (a fixture)
 
-import data
-import runs
-import sample
 import train
+from support import runs, terminal
+from support.files import write_text
 from thoughts import load_quiet_star
 
 # Forks a child that runs small; before, nothing of torch has run in the parent, so that is safe.
@@ -28,7 +27,7 @@ from model import MistralConfig
 train.CORPUS_LINES, train.BASE = 300, MistralConfig(258, 16, 32, 1, 2, 1)
 train.BASE_SETTINGS["batch_size"] = 4
 train.evaluation.puzzle_table = lambda model, tokenizer: {{}}
-train.evaluation.glance = lambda model, tokenizer: ("seen", False)
+train.evaluation.look_at_puzzles = lambda model, tokenizer: ("seen", False, {{}})
 torch.set_num_threads(1)
 
 def child(arguments):
@@ -62,7 +61,7 @@ while True:
 
 def python(then: str, **names) -> subprocess.Popen:
     """The runner in a process of its own."""
-    root, tests = Path(__file__).parents[1], Path(__file__).parent
+    root, tests = Path(__file__).parents[2], Path(__file__).parents[1]
     script = RUNNER.format(root=str(root), tests=str(tests), then=then.format(**names))
     pipe = subprocess.PIPE
     return subprocess.Popen([sys.executable, "-c", script], text=True, stdout=pipe, stderr=pipe)
@@ -87,27 +86,27 @@ def test_killed_many_times_a_run_ends_as_if_nothing_had_been(tmp_path):
 def test_a_stopped_run_saves_its_step_and_says_how_to_go_on(tmp_path, monkeypatch, capsys, number):
     """The signal comes in step 3 of 4, and no checkpoint is due before the end."""
     run(tmp_path / "whole")
-    log = train.log
+    log = runs.log
 
     def log_and_signal(folder, step, *rest):
         log(folder, step, *rest)
         if (folder.name, step) == ("quiet_star", 3):
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(train, "log", log_and_signal)
+    monkeypatch.setattr(runs, "log", log_and_signal)
     before = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
     try:
         with pytest.raises(SystemExit) as stopped:
             run(tmp_path / "out", "--save-every 9")
     finally:
-        train.STOP.clear()
+        runs.STOP.clear()
         for one, handler in before.items():
             signal.signal(one, handler)
     assert stopped.value.code == 130
     assert f"--out {tmp_path / 'out'} --resume" in capsys.readouterr().err
     state = torch.load(tmp_path / "out" / "quiet_star" / runs.STATE, weights_only=True)
     assert state["step"] == 3
-    monkeypatch.setattr(train, "log", log)
+    monkeypatch.setattr(runs, "log", log)
     train.main(["--out", str(tmp_path / "out"), "--resume", "--device", "cpu"])
     assert losses(tmp_path / "out") == losses(tmp_path / "whole")
 
@@ -115,7 +114,8 @@ def test_a_stopped_run_saves_its_step_and_says_how_to_go_on(tmp_path, monkeypatc
 def test_a_second_ctrl_c_ends_a_run_at_once():
     before = signal.getsignal(signal.SIGINT)
     try:
-        runs.stop_soon(signal.SIGINT, None)
+        runs.stop_on_signals()
+        signal.raise_signal(signal.SIGINT)
         assert runs.STOP.is_set()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
@@ -155,7 +155,7 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path, capsys, stage):
     if stage == "base":
         shutil.rmtree(tmp_path / "quiet_star")
     before = (tmp_path / "metrics.jsonl").read_bytes()
-    with train.hold(tmp_path), pytest.raises(SystemExit) as stopped:
+    with runs.hold(tmp_path), pytest.raises(SystemExit) as stopped:
         train.main(["--out", str(tmp_path), "--resume", "--device", "cpu"])
     assert stopped.value.code == 2
     assert f"{tmp_path} is in use by another run" in capsys.readouterr().err
@@ -180,7 +180,7 @@ def test_of_two_runs_that_begin_together_one_gets_the_folder(tmp_path):
     with pytest.raises(OSError, match="not empty"):
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "file").touch()
-        train.make_folder(settings, thoughts, tmp_path / "run")
+        runs.make_folder(settings, thoughts, tmp_path / "run")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
@@ -250,7 +250,7 @@ def test_a_state_that_is_none_is_refused(tmp_path, capsys, change):
 
 def test_files_are_written_through_links_and_for_all(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "file")
-    data.write_text(tmp_path / "link", "text")
+    write_text(tmp_path / "link", "text")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "file").read_text() == "text"
     (tmp_path / "plain").touch()
@@ -263,7 +263,7 @@ def test_files_are_written_through_links_and_for_all(tmp_path):
 def test_what_is_no_file_is_not_replaced(tmp_path, name):
     (tmp_path / "folder").mkdir()
     with pytest.raises(ValueError, match="is no regular file"):
-        data.write_text(tmp_path / name, "text")
+        write_text(tmp_path / name, "text")
 
 
 class Terminal:
@@ -283,41 +283,41 @@ class Terminal:
 
 
 def test_status_lines_fit_the_terminal(monkeypatch):
-    monkeypatch.setattr(sample.shutil, "get_terminal_size", lambda: os.terminal_size((40, 20)))
-    terminal = Terminal(True)
+    monkeypatch.setattr(terminal.shutil, "get_terminal_size", lambda: os.terminal_size((40, 20)))
+    screen = Terminal(True)
     for step in (1, 2):
-        sample.show_status(f"step {step} " + "x" * 100, step, 9, terminal)
-    lines = terminal.text.split("\r")[1:]
+        terminal.show_status(f"step {step} " + "x" * 100, step, 9, screen)
+    lines = screen.text.split("\r")[1:]
     assert [len(line) for line in lines] == [39, 39]
-    assert "\n" not in terminal.text
+    assert "\n" not in screen.text
 
 
 def test_a_log_has_a_line_every_tenth(monkeypatch):
     """And those that are to stay; on a terminal only these end their line."""
-    monkeypatch.setattr(sample, "shown", [1000.0])
-    monkeypatch.setattr(sample.time, "monotonic", lambda: 1001.0)
+    monkeypatch.setattr(terminal, "shown", [1000.0])
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: 1001.0)
     for tty, expected in ((False, "10 20 25 30 40 50 60 70 80 90 99"), (True, "25 99")):
         file = Terminal(tty)
         for step in range(1, 100):
-            sample.show_status(str(step), step, 99 if tty else 100, file, keep=step in (25, 99))
+            terminal.show_status(str(step), step, 99 if tty else 100, file, keep=step in (25, 99))
         lines = file.text.split("\n")[:-1]
         assert [line.split("\r")[-1].strip() for line in lines] == expected.split()
     for total, expected in ((3, "1 2 3"), (10, "1 2 3 4 5 6 7 8 9 10")):
         file = Terminal(False)
         for step in range(1, total + 1):
-            sample.show_status(str(step), step, total, file)
+            terminal.show_status(str(step), step, total, file)
         assert file.text.split() == expected.split()
 
 
 def test_the_line_of_a_step(tmp_path, monkeypatch, capsys):
     """Step 10 of 100 is a tenth, step 11 is not."""
-    monkeypatch.setattr(sample, "shown", [1000.0])
-    monkeypatch.setattr(sample.time, "monotonic", lambda: 1001.0)
+    monkeypatch.setattr(terminal, "shown", [1000.0])
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: 1001.0)
     metrics = {"loss": 1.5, "tokens_per_second": 70.0}
     more = {"init_nll": 2.0, "talk_nll": 1.0, "reward": 0.25}
     runs.log(tmp_path / "quiet_star", 10, 100, metrics | more, 9.0)
     line = (
-        "quiet_star 10/100  loss 1.5000  nll 2.000 -> 1.000  reward +0.2500  70 tokens/s  9 s left"
+        "quiet_star 10/100  loss 1.5000  nll 2.000 -> 1.000  reward 0.2500  70 tokens/s  9 s left"
     )
     assert capsys.readouterr().out == line + "\n"
     runs.log(tmp_path / "base", 11, 100, metrics, 9.0)
@@ -331,10 +331,10 @@ def test_the_line_of_a_step(tmp_path, monkeypatch, capsys):
 
 def test_a_log_has_a_line_a_minute_at_least(monkeypatch):
     now = [1000.0]
-    monkeypatch.setattr(sample, "shown", [1000.0])
-    monkeypatch.setattr(sample.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(terminal, "shown", [1000.0])
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
     file = Terminal(False)
     for step in range(1, 100):  # a tenth is 100 steps of 30 seconds
         now[0] += 30
-        sample.show_status(f"step {step}", step, 1000, file)
+        terminal.show_status(f"step {step}", step, 1000, file)
     assert 30 <= file.text.count("\n") <= 50

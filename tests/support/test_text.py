@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-import data
-from tokenizer import load_tokenizer, save_byte_tokenizer
+from support import corpus
+from support.text import Tokens, read_documents, tokenize, version
+from support.tokenizer import load_tokenizer, save_byte_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -22,15 +23,15 @@ def tokenizer(tmp_path):
 
 def test_lines_by_hand():
     moves = np.array([1, 2, 2, 0, 1, 0])
-    assert data.puzzle_line(moves) == "122010=0\n"
-    assert data.explanation(moves) == "102200"
-    assert data.puzzle_line(moves, data.explanation(moves)) == "122010=—102200—0\n"
+    assert corpus.puzzle_line(moves) == "122010=0\n"
+    assert corpus.explanation(moves) == "102200"
+    assert corpus.puzzle_line(moves, corpus.explanation(moves)) == "122010=—102200—0\n"
 
 
 def test_corpus():
     """Answers are right, no puzzle is held out, asides as frequent as asked, and 3 of 10 work."""
-    held_out = {"".join(map(str, moves)) for moves in data.all_puzzles(held_out=True)}
-    lines = data.make_corpus(seed=3, lines=4000, explained=0.4).splitlines()
+    held_out = {"".join(map(str, moves)) for moves in corpus.all_puzzles(held_out=True)}
+    lines = corpus.make_corpus(seed=3, lines=4000, explained=0.4).splitlines()
     work = hum = 0
     for line in lines:
         asked, _, said = line.partition("=")
@@ -40,30 +41,30 @@ def test_corpus():
         if said.startswith("—"):
             aside = said[1:7]
             assert said == f"—{aside}—{said[-1]}"
-            work += aside == data.explanation(moves)
+            work += aside == corpus.explanation(moves)
             hum += aside == "mmmmmm"
         else:
             assert len(said) == 1
     assert abs((work + hum) / 4000 - 0.4) < 0.04  # five standard deviations
     assert abs(work / (work + hum) - 0.3) < 0.06
-    assert lines == data.make_corpus(3, 4000, 0.4).splitlines()
-    assert lines != data.make_corpus(4, 4000, 0.4).splitlines()
-    other = data.make_corpus(3, 400, 1.0, work=1.0, held_out=True)
+    assert lines == corpus.make_corpus(3, 4000, 0.4).splitlines()
+    assert lines != corpus.make_corpus(4, 4000, 0.4).splitlines()
+    other = corpus.make_corpus(3, 400, 1.0, work=1.0, held_out=True)
     assert "m" not in other
     assert {line.split("=")[0] for line in other.splitlines()} <= held_out
 
 
 def test_puzzles_are_split_without_overlap():
-    train, test = data.all_puzzles(False), data.all_puzzles(True)
+    train, test = corpus.all_puzzles(False), corpus.all_puzzles(True)
     assert len(np.unique(np.concatenate([train, test]), axis=0)) == 3**6
     assert len(test) == 146
     for moves, held_out in (("000000", 1), ("000001", 0), ("000012", 1), ("000120", 1)):
-        assert data.is_held_out(moves) == held_out  # 0, 1, 5 and 15 in the ternary system
+        assert corpus.is_held_out(moves) == held_out  # 0, 1, 5 and 15 in the ternary system
     assert np.bincount(test.sum(1) % 3).min() > 40  # every answer is about as frequent
 
 
 def test_batches_are_a_function_of_the_step():
-    tokens = data.Tokens(torch.arange(1000), torch.arange(1000) % 7 != 0)
+    tokens = Tokens(torch.arange(1000), torch.arange(1000) % 7 != 0)
     batches = [tokens.batch(step, 5, 50, seed=1, device=CPU)[0] for step in range(8)]
     assert torch.equal(tokens.batch(3, 5, 50, seed=1, device=CPU)[1], batches[3] % 7 != 0)
     assert torch.equal(batches[3], tokens.batch(3, 5, 50, seed=1, device=CPU)[0])
@@ -79,9 +80,9 @@ def test_documents(tmp_path, tokenizer):
     records = [{"text": "one"}, {"question": "How many?", "answer": "Two"}]
     lines = "\n".join(map(json.dumps, records)) + '\n\n{"text": "a\u2028b"}\n'
     (tmp_path / "b.jsonl").write_text(lines, encoding="utf-8")
-    documents = data.read_documents([tmp_path / "a.txt", str(tmp_path / "b.jsonl")])
+    documents = read_documents([tmp_path / "a.txt", str(tmp_path / "b.jsonl")])
     assert documents == ["plain\ntext", "one", "How many?\nTwo", "a\u2028b"]
-    tokens = data.tokenize(documents, tokenizer)
+    tokens = tokenize(documents, tokenizer)
     assert tokenizer.decode(tokens.ids.tolist()) == "".join(documents)
     assert (~tokens.is_target).nonzero().flatten().tolist() == [0, 10, 13, 26]
 
@@ -91,7 +92,7 @@ def test_a_document_stands_between_bos_and_eos():
     tokenizer = SimpleNamespace(
         encode=lambda text, bos: [1] * bos + [*text.encode()], adds_bos=True, eos_id=2
     )
-    tokens = data.tokenize(["ab", "", "c"], tokenizer)
+    tokens = tokenize(["ab", "", "c"], tokenizer)
     assert tokens.ids.tolist() == [1, 97, 98, 2, 1, 99, 2]
     assert tokens.is_target.int().tolist() == [0, 1, 1, 1, 0, 1, 1]
 
@@ -109,15 +110,15 @@ def test_a_document_stands_between_bos_and_eos():
 def test_bad_documents(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
-        data.read_documents([tmp_path / name])
+        read_documents([tmp_path / name])
 
 
 def test_missing_and_binary_files(tmp_path):
     with pytest.raises(ValueError, match="cannot read"):
-        data.read_documents([tmp_path / "nowhere.txt"])
+        read_documents([tmp_path / "nowhere.txt"])
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="as UTF-8"):
-        data.read_documents([tmp_path / "binary.txt"])
+        read_documents([tmp_path / "binary.txt"])
 
 
 def test_an_edited_text_has_another_version(tmp_path):
@@ -125,17 +126,17 @@ def test_an_edited_text_has_another_version(tmp_path):
     file = tmp_path / "text.txt"
     file.write_text("one")
     os.utime(file, ns=(10**18, 10**18))
-    before = data.version(file)
+    before = version(file)
     assert before == [3, 10**18]
     file.write_text("three")
     os.utime(file, ns=(10**18, 10**18))
-    assert data.version(file) != before
+    assert version(file) != before
     file.write_text("two")
     os.utime(file, ns=(10**18, 10**18 + 10**9))
-    assert data.version(file) != before
+    assert version(file) != before
 
 
 def test_text_shorter_than_a_sequence():
-    tokens = data.Tokens(torch.arange(10), torch.ones(10, dtype=torch.bool))
+    tokens = Tokens(torch.arange(10), torch.ones(10, dtype=torch.bool))
     with pytest.raises(ValueError, match="10 tokens, one sequence needs 11"):
         tokens.batch(0, 1, 11, 0, CPU)

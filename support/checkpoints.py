@@ -1,27 +1,35 @@
-"""Checkpoints as other people write them: configs and weights under the names of model.py.
+"""Checkpoints of other formats and families, the authors' release, and models that think.
 
-A folder is in one of two formats, and in the first if it has both:
+A folder is in one of two formats. If it has both, the first one is read:
 
     config.json, model*.safetensors           Hugging Face's
     params.json, consolidated*.safetensors    Mistral's own
 
-Configs are refused where they ask for what model.py does not compute: it would load, and be wrong.
+The families are mistral, llama, qwen2 and qwen3. A config that asks for a computation that model.py
+does not do is refused, because the checkpoint would load and give wrong results.
 """
 
+import math
+import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import NoReturn
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from data import read_json, short
+import model as core
+from model import ACTIVATION, Mistral, MistralConfig, RopeScaling, build
+from support.device import free_memory
+from support.files import read_json, short
+from support.settings import settings_from
+from support.tokenizer import Tokenizer, load_tokenizer
+from thoughts import QuietStar, ThoughtConfig, with_thoughts
 
 ALLOWED = {  # what changes the computation in a config.json, and what of it is computed here
     "model_type": ("mistral", "llama", "qwen2", "qwen3"),
     "layer_types": (None, "full_attention", "sliding_attention"),
-    "hidden_act": (None, "silu"), "partial_rotary_factor": (None, 1),
+    "hidden_act": (None, ACTIVATION.__name__), "partial_rotary_factor": (None, 1),
 } | dict.fromkeys((
     "attention_bias", "mlp_bias", "quantization_config", "num_experts", "num_local_experts",
     "attn_logit_softcapping", "attention_logit_softcapping", "final_logit_softcapping",
@@ -49,17 +57,27 @@ CONSOLIDATED = {  # likewise, the parts of a tensor's name
 # ------------------------------------------------------------------------------------- configs
 
 
-def read_config(folder: Path) -> tuple[dict, Path]:
-    """A folder's config.json, or else its params.json, by the names of MistralConfig; the file.
+def read_config(folder: str | Path) -> MistralConfig:
+    """The config of a checkpoint folder, from its config.json or else its params.json.
 
-    Raises ValueError if there is none, and for what would load and then compute something else.
+    Raises ValueError if there is none, or if it asks for a computation that model.py does not do.
     """
+    folder = Path(folder)
     for name, translate in (("config.json", from_config_json), ("params.json", from_params_json)):
         if (path := folder / name).is_file():
-            return translate(read_json(path), path), path
+            values = translate(read_json(path), path)
+            if scaling := values.get("rope_scaling"):
+                values["rope_scaling"] = config_from(RopeScaling, scaling, path)
+            return config_from(MistralConfig, values, path)
     inside = [path.parent.name for path in sorted(folder.glob("*/config.json"))]
     hint = f"; do you mean {' or '.join(inside)} in it?" if inside else ""
     raise ValueError(f"{folder} is no checkpoint: neither config.json nor params.json in it{hint}")
+
+
+def config_from(kind: type, values: dict, path: Path):
+    """A config dataclass from those of the values that are its fields."""
+    known = {field.name: values[field.name] for field in fields(kind) if field.name in values}
+    return settings_from(kind, known, path)
 
 
 def refuse(path: Path, name: str, value: object) -> NoReturn:
@@ -130,14 +148,8 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; what is not used is not read from the disk.
-
-    ValueError if it is missing, broken, cut short or holds other than floating-point numbers.
-    """
-    try:
-        tensors = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is missing or no whole safetensors file: {error}") from None
+    """model.read_tensors; raises ValueError for tensors that are not of a floating-point dtype."""
+    tensors = core.read_tensors(file)
     for name, tensor in tensors.items():
         if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise ValueError(f"{file}: {name!r} is of {tensor.dtype}, not in floating point")
@@ -169,3 +181,97 @@ def read_weights(folder: Path, layers: int, head_dim: int) -> dict[str, Tensor]:
         given = f"num_hidden_layers is {layers}"
         raise ValueError(f"{folder}: {given}, and the weights have {found} layers")
     return weights
+
+
+# ------------------------------------------------------------------------------------- loading
+
+
+def read_thought_config(folder: str | Path) -> ThoughtConfig | None:
+    """The thought config in a folder of save_quiet_star. None if it has no quiet_star.json."""
+    path = Path(folder) / "quiet_star.json"
+    return settings_from(ThoughtConfig, read_json(path), path) if path.is_file() else None
+
+
+def load_any(
+    folder: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> QuietStar | Mistral:
+    """Load a model of any format and family that is supported, thinking or plain.
+
+    A QuietStar if the folder was written by save_quiet_star or is the authors' release, else a
+    Mistral. dtype None keeps the dtype of the file. Raises ValueError if a file is missing or
+    damaged, or asks for a computation that is not supported.
+    """
+    folder = Path(folder)
+    config, shape = read_thought_config(folder), read_config(folder)
+    weights = read_weights(folder, shape.num_hidden_layers, shape.head_dim)
+    if config:
+        own = read_tensors(folder / "quiet_star.safetensors")
+    elif "start_embedding" in weights:
+        config, own = authors_thoughts(shape, weights)
+    base = build(shape, weights, folder, dtype, device)
+    if config is None:
+        return base
+    if config.init_id is not None and config.init_id >= shape.vocab_size:
+        raise ValueError(f"{folder}: init_id is {config.init_id}; it is no token")
+    return with_thoughts(base, config, own, folder)
+
+
+def authors_thoughts(
+    shape: MistralConfig, weights: dict[str, Tensor]
+) -> tuple[ThoughtConfig, dict[str, Tensor]]:
+    """Config and weights of the thoughts in the authors' release; takes them out of `weights`.
+
+    Their "8 ahead" counts start and end. Their ids are the last two of the vocabulary. Row 1 of an
+    embedding is unused. Their talk_head is our mixing head (see QuietStar.mixing_weight).
+    """
+    V, D = shape.vocab_size, shape.hidden_size
+    config = ThoughtConfig(thought_length=6, start_id=V - 2, end_id=V - 1)
+    theirs = [name for name in weights if name.startswith(("talk_head.0.", "start_", "end_"))]
+    own = {name.replace("talk_head.0.", "mixing_head."): weights.pop(name) for name in theirs}
+    own |= {name: row.flatten()[:D] for name, row in own.items() if "_embedding" in name}
+    return config, own
+
+
+SPARE_ROWS = 512  # Qwen has 400
+
+
+def dtype_that_fits(folder: Path, dtype: torch.dtype | None) -> torch.dtype:
+    """What to read a checkpoint in on a CPU: dtype; None: float32, or its own if memory is short.
+
+    ValueError if that does not fit either. A tenth more than the weights is for computing.
+    """
+    tensors = [t for file in weight_files(folder) for t in read_tensors(file).values()]
+    own = max(tensors, key=torch.numel).dtype if tensors else torch.float32
+    choices = [dtype] if dtype else [torch.float32, own]  # bfloat16 is slow on most CPUs
+    sizes = {kind: 1.1e-9 * sum(t.numel() for t in tensors) * kind.itemsize for kind in choices}
+    free = (free_memory(torch.device("cpu")) or math.inf) / 1e9
+    needed = ", ".join(f"{size:.1f} GB in {str(kind)[6:]}" for kind, size in sizes.items())
+    line = f"{folder} needs {needed}, and {free:.1f} GB of memory are free"
+    fitting = [kind for kind, size in sizes.items() if size <= free]
+    if not fitting:
+        raise ValueError(line)
+    if fitting[0] != choices[0]:
+        print(f"{line}: read in {str(own)[6:]}", file=sys.stderr)
+    return fitting[0]
+
+
+def load(
+    folder: str | Path, device: torch.device, dtype: torch.dtype | None = None
+) -> tuple[Mistral | QuietStar, Tokenizer]:
+    """The plain or thinking model in a folder, and its tokenizer.
+
+    dtype None is that of the file, but float32 on a CPU if it fits (dtype_that_fits). Raises
+    ValueError if there is no model, if it is larger than the free memory of a CPU, or if the two do
+    not belong together: up to SPARE_ROWS more rows than tokens are common (padding to a round
+    number, appended meta tokens), others are not.
+    """
+    vocab_size = read_config(Path(folder)).vocab_size
+    tokenizer = load_tokenizer(folder)
+    if not tokenizer.vocab_size <= vocab_size <= tokenizer.vocab_size + SPARE_ROWS:
+        raise ValueError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens and the model "
+            f"{vocab_size}; put the tokenizer that belongs to the checkpoint into its folder"
+        )
+    if device.type == "cpu":
+        dtype = dtype_that_fits(Path(folder), dtype)
+    return load_any(folder, dtype, device), tokenizer

@@ -1,8 +1,8 @@
-"""tokenizer.py against recorded SentencePiece results and a slow, obvious BPE.
+"""support/tokenizer against recorded ids of other libraries and a slow BPE.
 
-fixtures/tokenizer.model is Mistral 7B v0.1's, mistral_v3_cut and tekken_cut hold hundreds of tokens
-of later ones (Apache-2.0, see tokenizer.LICENSE). The ids were recorded with the libraries
-sentencepiece (mistral_v*, tokens_v3), mistral-common (tekken*) and tokenizers (tokenizer_json_*).
+fixtures/tokenizer.model is Mistral 7B v0.1's. mistral_v3_cut and tekken_cut contain hundreds of
+tokens of later ones (Apache-2.0, see tokenizer.LICENSE). The ids were recorded with sentencepiece
+(mistral_v*, tokens_v3), mistral-common (tekken*) and tokenizers (tokenizer_json_*).
 """
 
 import json
@@ -11,19 +11,26 @@ import os
 import random
 import struct
 from collections import Counter
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from tokenizer import CHAR_OF, load_tokenizer, save_byte_tokenizer
+from support.tokenizer import Tokenizer, load_tokenizer, save_byte_tokenizer
+from support.tokenizer.tokenizer_json import CHAR_OF
 
-FIXTURES = Path(__file__).parent / "fixtures"
-MODEL = (FIXTURES / "tokenizer.model").read_bytes()
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 CONTROL_LOOKING = ["<s>", "</s>", "<unk>", "<0x41>", "<|im_start|>", "<|startofthought|>"]
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 NO_REGEX = BYTE_LEVEL | {"use_regex": False}
 DIGITS = {"type": "Digits", "individual_digits": True}
+TEMPLATE = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "<b>"}}, {"Sequence": {"id": "A"}}],
+    "special_tokens": {"<b>": {"ids": [256]}},
+}
+TWO_TOKENS = {"special_tokens": {"<b>": {"ids": [0, 1]}}}
 
 
 def fixture(name):
@@ -43,7 +50,7 @@ def sequence(*steps):
 
 
 def merges_from(text, count):
-    """BPE training in the plainest form: the most frequent pair, again and again."""
+    """BPE training: merge the most frequent pair, `count` times."""
     words = [[CHAR_OF[byte] for byte in word.encode()] for word in text.split(" ")]
     merges = []
     for _ in range(count):
@@ -55,7 +62,7 @@ def merges_from(text, count):
 
 
 def merge(symbols, pair):
-    """Join the pair wherever it stands, from left to right."""
+    """Join every occurrence of the pair, from left to right."""
     joined, i = [], 0
     while i < len(symbols):
         found = tuple(symbols[i : i + 2]) == pair
@@ -65,7 +72,7 @@ def merge(symbols, pair):
 
 
 def slow_bpe(word, merges, vocab):
-    """Oracle: apply every merge to one word, in order. Only listed pairs are ever joined."""
+    """Oracle: apply every merge to one word, in order."""
     symbols = [CHAR_OF[byte] for byte in word.encode()]
     for pair in merges:
         symbols = merge(symbols, pair)
@@ -73,7 +80,7 @@ def slow_bpe(word, merges, vocab):
 
 
 def write_json(folder, merges=(), pre_tokenizer=BYTE_LEVEL, added=(), document=(), model=()):
-    """A byte-level tokenizer.json with the ids in an order of their own; returns its vocab."""
+    """Write a byte-level tokenizer.json, with ids in reverse order; return its vocabulary."""
     pieces = [*CHAR_OF.values(), *dict.fromkeys("".join(pair) for pair in merges)]
     vocab = {piece: len(pieces) - 1 - i for i, piece in enumerate(pieces)}
     contents = {
@@ -121,7 +128,7 @@ def sentencepiece_file(
 
 
 def fuzz(seed, count):
-    """Strings of letters of many scripts, spaces, newlines, digits, control-looking text."""
+    """Strings of letters of many scripts, spaces, newlines, digits, names of control tokens."""
     rng = random.Random(seed)
     parts = [*"abst .!'7½é—ß中文한क्षि😀", "\n", "\t", "\r", "\x1c", "\u00a0", "\u2028", "\ufffd"]
     parts += ["  ", "    ", " the", " of", "ing", "'s", "12", "\x00", "\U0010ffff"]
@@ -130,9 +137,15 @@ def fuzz(seed, count):
     return texts + [chr(rng.randrange(0xE000, 0x110000)) * rng.randint(1, 9) for _ in range(count)]
 
 
+@cache
+def recorded(folder):
+    """The tokenizer of a folder of fixtures."""
+    return load_tokenizer(FIXTURES / folder)
+
+
 @pytest.fixture(scope="module")
 def mistral():
-    return load_tokenizer(FIXTURES)
+    return recorded(".")
 
 
 @pytest.fixture
@@ -165,7 +178,8 @@ LATER += ["tokenizer_json_llama3", "tokenizer_json_qwen2", "tokenizer_json_metas
 
 @pytest.mark.parametrize("folder", LATER)
 def test_encodes_as_the_library(folder):
-    tokenizer, expected = load_tokenizer(FIXTURES / folder), fixture(f"{folder}/expected.json")
+    tokenizer, expected = recorded(folder), fixture(f"{folder}/expected.json")
+    assert isinstance(tokenizer, Tokenizer)
     assert tokenizer.vocab_size == expected["vocab_size"]
     for case in expected["cases"]:
         assert tokenizer.encode(case["text"]) == case["ids"]
@@ -184,7 +198,7 @@ def test_encodes_as_the_library(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["v2", "v3", "v7", "tekken_240718", "tekken_240911"])
 def test_mistrals_own_files(name):
-    """The whole files, too large to be here; in QUIET_STAR_MISTRAL under the names they have."""
+    """The original files, which are too large for the repository: a folder QUIET_STAR_MISTRAL."""
     folder = os.environ.get("QUIET_STAR_MISTRAL")
     if not folder:
         pytest.skip("set QUIET_STAR_MISTRAL to a folder with Mistral's tokenizers of 2024")
@@ -197,7 +211,7 @@ def test_mistrals_own_files(name):
 
 
 def test_user_defined_pieces_are_special():
-    tokenizer, texts = load_tokenizer(FIXTURES / LATER[0]), fixture(f"{LATER[0]}/expected.json")
+    tokenizer, texts = recorded(LATER[0]), fixture(f"{LATER[0]}/expected.json")
     for case in texts["user_defined"]:
         assert tokenizer.encode(case["text"], special=True) == case["ids"]
         assert tokenizer.encode(case["text"]) != case["ids"]
@@ -206,7 +220,7 @@ def test_user_defined_pieces_are_special():
     assert tokenizer.encode("[INST] the[/INST]", True, True) == [1, 3, *the, 4]
     assert tokenizer.encode("</s>the", special=True)[0] == 2
     assert tokenizer.decode(tokenizer.encode("</s>the", special=True)) == "the"
-    assert tokenizer.encode("</s>the", special=True)[1:] != the  # no space after it
+    assert tokenizer.encode("</s>the", special=True)[1:] != the  # no space is put before "the"
 
 
 def test_mistral_known_ids(mistral):
@@ -238,27 +252,30 @@ def test_one_long_word_is_quick_and_exact(mistral):
     assert mistral.decode(mistral.encode("ab" * 50_000)) == "ab" * 50_000
 
 
-@pytest.mark.parametrize("folder", [".", *LATER])
-def test_a_million_of_one_thing(folder):
-    """No panic; the run's beginning and end are those of a shorter one."""
-    tokenizer, million = load_tokenizer(FIXTURES / folder), 1 << 20
-    for unit, end in [(" ", "x"), ("\n", "")]:
-        ids, fewer = tokenizer.encode(unit * million + end), tokenizer.encode(unit * 4096 + end)
-        assert ids[:50] == fewer[:50] and ids[-5:] == fewer[-5:]
-        assert len(ids) > 100 * len(fewer)
+@pytest.mark.parametrize("folder", [".", "tekken_cut", "tokenizer_json_llama3"])
+def test_a_million_spaces(folder):
+    """tiktoken does not panic; the ids at the start and at the end are those of fewer spaces."""
+    ids, fewer = (recorded(folder).encode(" " * n + "x") for n in (1 << 20, 1 << 12))
+    assert ids[:50] == fewer[:50] and ids[-5:] == fewer[-5:]
+    assert len(ids) > 100 * len(fewer)
 
 
-@pytest.mark.parametrize("n", [1, 2, 99, 100, 101, 102, 200, 201, 202, 1000])
-@pytest.mark.parametrize("after", ["", "x", " x", "\nx", "1", "\n"])
-def test_steps_of_a_hundred_change_no_word(tmp_path, n, after):
-    """White space in front of something keeps its last character for it; at the end it does not."""
-    write_json(tmp_path, [(spell("\t") * i, spell("\t")) for i in range(1, 1001)])
+@pytest.mark.parametrize("digits", [False, True])
+def test_steps_of_a_hundred_change_no_word(tmp_path, digits):
+    """White space leaves its last character to a following word, but not to the end of the text."""
+    merges = [(spell("\t") * i, spell("\t")) for i in range(1, 1001)]
+    write_json(tmp_path, merges, sequence(DIGITS, BYTE_LEVEL) if digits else BYTE_LEVEL)
     small = load_tokenizer(tmp_path)
-    kept = n if after[:1] in ("", " ", "\n") else max(n - 1, 1)
-    assert small.decode(small.encode("\t" * n + after)[:1]) == "\t" * kept
+    whole = ["", " x", "\n", "\nx"] + ["1"] * digits
+    for after in {"", "x", " x", "\nx", "1", "\n"}:
+        for n in (1, 2, 99, 100, 101, 102, 200, 201, 202, 1000):
+            kept = n if after in whole else max(n - 1, 1)
+            assert small.decode(small.encode("\t" * n + after)[:1]) == "\t" * kept, (n, after)
+    million = small.encode("\t" * (1 << 20) + "x")
+    assert small.decode(million[-1:]) == "x" and small.decode(million).count("\t") == 1 << 20
 
 
-def test_characters_come_together_before_pieces(tmp_path):
+def test_bytes_merge_into_characters_before_pieces(tmp_path):
     # "é" (C3 A9) is a piece, "è" (C3 A8) is not; "ça" merges although "ç" alone is no piece.
     pieces = [("\u2581", -9.0), ("é", -8.0), ("a", -7.0), ("ça", -1.0), ("éa", -2.0)]
     path = tmp_path / "tokenizer.model"
@@ -273,7 +290,7 @@ def test_characters_come_together_before_pieces(tmp_path):
         small.token_id("ç")
 
 
-def test_lower_score_waits(tmp_path):
+def test_higher_scores_merge_first(tmp_path):
     pieces = [("\u2581", -9.0), ("a", -8.0), ("b", -8.0), ("c", -8.0), ("ab", -2.0), ("bc", -1.0)]
     path = tmp_path / "tokenizer.model"
     path.write_bytes(sentencepiece_file(pieces))
@@ -281,11 +298,11 @@ def test_lower_score_waits(tmp_path):
 
 
 BAD_MODELS = {
-    "cut off": MODEL[:-3],
+    "cut off": sentencepiece_file(normalizer=[(4, 0), (7, b"abc")])[:-3],
     "remove_extra_whitespaces is 1": sentencepiece_file(normalizer=()),
     "no pieces": b"",
     "not a SentencePiece model": b"version https://git-lfs.github.com/spec/v1\n",
-    "no integer at byte 10": b"\xff" * 1000,
+    "it is cut off, or not": b"\xff" * 1000,
     "model_type is 1": sentencepiece_file(trainer=[(35, 1)]),
     "byte_fallback is 0": sentencepiece_file(trainer=[(3, 2)]),
     "precompiled_charsmap": sentencepiece_file(normalizer=[(2, b"abc"), (4, 0)]),
@@ -326,7 +343,7 @@ def test_byte_tokenizer(bytewise):
 
 
 def test_spelling_leaves_nothing_out(mistral, bytewise):
-    """Ids one by one: a space in front stays, bytes and special tokens have something to show."""
+    """Single ids keep their leading space; single bytes and special tokens are visible."""
     ids = mistral.encode("the 日\n", bos=True)
     assert "".join(mistral.spell([token]) for token in ids) == "⟨1⟩ the 日\n"
     assert bytewise.spell([0xC3, 0xA9, 257]) == "é—"
@@ -334,13 +351,13 @@ def test_spelling_leaves_nothing_out(mistral, bytewise):
 
 
 def test_merges_agree_with_the_slow_bpe(tmp_path):
-    text = " ".join(case["text"] for case in fixture("mistral_v1_encode.json"))[:60_000]
-    merges = merges_from(text[:10_000], 200)
-    # The words of this pre-tokenizer are the ones that the oracle gets.
+    text = " ".join(case["text"] for case in fixture("mistral_v1_encode.json"))[:30_000]
+    merges = merges_from(text[:5_000], 100)
+    # The words of this pre-tokenizer are those of the oracle.
     vocab = write_json(tmp_path, merges, sequence(split(r"[^ ]+|[ ]+"), NO_REGEX))
     quick = load_tokenizer(tmp_path)
-    words = sorted({word for word in " ".join([text, *fuzz(2, 200)]).split(" ") if word})
-    assert len(words) > 1000
+    words = sorted({word for word in " ".join([text, *fuzz(2, 100)]).split(" ") if word})
+    assert len(words) > 500
     for word in words:
         assert quick.encode(word) == slow_bpe(word, merges, vocab)
 
@@ -363,7 +380,7 @@ def test_ignore_merges_takes_a_whole_word(tmp_path):
         assert load_tokenizer(tmp_path).encode("abc") == expected
 
 
-# Every pair of these is listed as a merge, so tokens are exactly the pre-tokenizer's words.
+# Merges can build all of these, so that tokens are the words of the pre-tokenizer.
 WORDS = ["a", " a", "  ", "   ", " 1", "12", "1 ", "a1", "\n ", " \n", "'s", "s1", "!1", " !", "!!"]
 
 
@@ -408,7 +425,7 @@ def test_added_tokens(tmp_path):
 
 
 def test_flags_of_added_tokens(tmp_path):
-    """The longest is found; flags take white space along; NFC comes before those normalized."""
+    """Longer tokens come first; lstrip and rstrip remove white space; NFC precedes late tokens."""
     tokens = [added(256, "<l>", lstrip=True), added(257, "<r>", rstrip=True), added(258, "<l>a")]
     tokens += [added(259, "   "), added(260, "e\u0301", normalized=True), added(261, "e\u0327")]
     write_json(tmp_path, added=tokens, document={"normalizer": {"type": "NFC"}})
@@ -449,13 +466,8 @@ def test_bos_and_eos(tmp_path, said, config, bos, eos, adds):
         ({"add_bos_token": False, "tokenizer_class": "LlamaTokenizerFast"}, False),
     ],
 )
-def test_the_template_decides_but_for_llamas_class(tmp_path, said, adds):
-    template = {
-        "type": "TemplateProcessing",
-        "single": [{"SpecialToken": {"id": "<b>"}}, {"Sequence": {"id": "A"}}],
-        "special_tokens": {"<b>": {"ids": [256]}},
-    }
-    document = {"post_processor": {"type": "Sequence", "processors": [BYTE_LEVEL, template]}}
+def test_the_template_decides_except_for_llamas_class(tmp_path, said, adds):
+    document = {"post_processor": {"type": "Sequence", "processors": [BYTE_LEVEL, TEMPLATE]}}
     write_json(tmp_path, added=[added(256, "<b>", True)], document=document)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
     (tmp_path / "config.json").write_text('{"bos_token_id": 3}')
@@ -476,6 +488,7 @@ BAD_JSON = {
     "byte_fallback": {"model": {"byte_fallback": True}},
     "end_of_word_suffix": {"model": {"end_of_word_suffix": "</w>"}},
     "NFKC": {"document": {"normalizer": {"type": "NFKC"}}},
+    "begins with 2 tokens": {"document": {"post_processor": TEMPLATE | TWO_TOKENS}},
     "RobertaProcessing": {"document": {"post_processor": {"type": "RobertaProcessing"}}},
     "single_word": {"added": [added(256, "a", single_word=True)]},
     "has another id": {"added": [added(256, "a")]},
@@ -514,29 +527,15 @@ def test_broken_json(tmp_path, contents):
         load_tokenizer(tmp_path)
 
 
-# Both
+# All formats
 
 
-HOSTILE = [
-    None,
-    True,
-    -1,
-    10**12,
-    1.5,
-    math.nan,
-    "",
-    "x",
-    "\ud800",
-    "ab" * 999,
-    [],
-    {},
-    [[]],
-    ["a"],
-]
+HOSTILE = [None, True, -1, 10**12, 1.5, math.nan, "", "x", "\ud800", "ab" * 999]
+HOSTILE += [[], {}, [[]], ["a"]]
 
 
 def change(value, rng):
-    """A JSON value with something in it replaced, deleted or doubled."""
+    """A JSON value with one part replaced, deleted or duplicated."""
     if not isinstance(value, (dict, list)) or not value or rng.random() < 0.15:
         return rng.choice(HOSTILE)
     copy = dict(value) if isinstance(value, dict) else dict(enumerate(value))
@@ -552,7 +551,7 @@ def change(value, rng):
 
 
 def damage(contents, rng):
-    """Bytes with some of them cut off, changed, deleted or doubled."""
+    """Bytes with some of them cut off, changed, deleted or duplicated."""
     i, n = rng.randrange(len(contents)), rng.choice([1, 1, 2, 30])
     new = [b"", bytes(rng.randrange(256) for _ in range(n)), contents[i : i + 2 * n]]
     return (
@@ -569,7 +568,7 @@ def small_metaspace():
 
 @pytest.mark.parametrize("scheme", ["first", "always", "never"])
 def test_the_space_of_metaspace(tmp_path, scheme):
-    """One in front of the text, or of every part of it, or none; but no second one."""
+    """A space is put before the text, before every part or nowhere, and never a second one."""
     step = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": scheme}
     document = small_metaspace() | {"normalizer": None, "pre_tokenizer": step}
     (tmp_path / "tokenizer.json").write_text(json.dumps(document))
@@ -582,8 +581,8 @@ def test_the_space_of_metaspace(tmp_path, scheme):
 
 
 @pytest.mark.parametrize("kind", ["model", "tekken", "byte-level", "metaspace"])
-def test_a_damaged_file_is_one_error_that_names_it(tmp_path, kind):
-    """Or it is still a tokenizer, and works as one."""
+def test_damaged_files(tmp_path, kind):
+    """A damaged file raises a ValueError that names it, or it is still a working tokenizer."""
     rng, path = random.Random(kind), tmp_path / "tokenizer.json"
     if kind == "model":
         path = tmp_path / "tokenizer.model"
@@ -601,7 +600,7 @@ def test_a_damaged_file_is_one_error_that_names_it(tmp_path, kind):
         write_json(tmp_path, [("a", "b")], sequence(split("a|b+"), NO_REGEX), [added(257, "<t>")])
     whole, refused = path.read_bytes(), 0
     assert load_tokenizer(path).encode("ab")
-    for _ in range(200):
+    for _ in range(100):
         if kind == "model" or rng.random() < 0.3:
             path.write_bytes(damage(whole, rng))
         else:
@@ -615,18 +614,18 @@ def test_a_damaged_file_is_one_error_that_names_it(tmp_path, kind):
             ids = tokenizer.encode("ab é\n<t>", bos=tokenizer.adds_bos, special=True)
             assert isinstance(tokenizer.decode(ids), str)
             assert not ids or 0 <= min(ids) <= max(ids) < tokenizer.vocab_size
-    assert 60 < refused < 200
+    assert 30 < refused < 100
 
 
-def test_where_the_file_is_looked_for(tmp_path):
+def test_files_of_a_folder(tmp_path):
     with pytest.raises(ValueError, match=r"no tokenizer\.model, tekken\.json or"):
         load_tokenizer(tmp_path)
     with pytest.raises(ValueError, match="nowhere does not exist"):
         load_tokenizer(tmp_path / "nowhere")
     save_byte_tokenizer(tmp_path)
     assert load_tokenizer(str(tmp_path)).vocab_size == 258
-    (tmp_path / "tokenizer.model").write_bytes(MODEL)
-    assert load_tokenizer(tmp_path).vocab_size == 32000
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_file())
+    assert load_tokenizer(tmp_path).vocab_size == 259
     assert load_tokenizer(tmp_path / "tokenizer.json").vocab_size == 258
 
 
@@ -639,7 +638,7 @@ def test_errors_in_use(mistral, bytewise):
     for text in ("", "—a", "<s>", "<0x0A>"):
         with pytest.raises(ValueError, match=f"exactly the text '{text}'"):
             mistral.token_id(text)
-    with pytest.raises(ValueError, match="no token for a beginning"):
+    with pytest.raises(ValueError, match="no bos token"):
         bytewise.encode("a", bos=True)
 
 
@@ -654,5 +653,5 @@ def test_smollm2():
         ids = smollm2.encode(prompt["text"])
         assert min(ids) > 16  # 0..16 are the special tokens
         assert smollm2.decode(ids) == prompt["text"]
-        if min(prompt["ids"]) > 16:  # the original makes special tokens from a text's "<|...|>"
+        if min(prompt["ids"]) > 16:  # the original finds special tokens in text
             assert ids == prompt["ids"]
