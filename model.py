@@ -1,6 +1,6 @@
 """A Mistral-compatible transformer in plain PyTorch.
 
-The architecture is that of Mistral 7B (Jiang et al. 2023, arXiv 2310.06825): RMSNorm, rotary
+The architecture is Mistral 7B (Jiang et al. 2023, arXiv 2310.06825): RMSNorm, rotary
 position embeddings, grouped-query attention with a sliding window, SwiGLU. Three switches cover
 its relatives: scaled rotary positions (Llama 3.1), biases on q, k and v (Qwen2), norms on q and k
 (Qwen3).
@@ -15,8 +15,8 @@ Letters of the shape comments, here and in thoughts.py:
     H, Hkv    query heads, key/value heads (H is a multiple of Hkv)
     Dh        size of a head
 
-The file reads bottom-up: config, attention, layers, model, then loading and saving. It imports
-nothing else of this repository.
+The file is ordered from the parts to the whole: config, attention, layers, model, then loading and
+saving. It imports nothing else of this repository. "Ours:" marks a choice of this project.
 """
 
 import json
@@ -36,7 +36,7 @@ ACTIVATION = F.silu  # of the MLP; config.json stores its name as hidden_act
 
 
 def check_at_least(settings: object, **least: float) -> None:
-    """Raise ValueError for the first setting below its least value. None is always allowed."""
+    """Raise ValueError if a setting is below its minimum. None is allowed."""
     for name, smallest in least.items():
         value = getattr(settings, name)
         if value is not None and not value >= smallest:  # "not >=": NaN is refused too
@@ -48,8 +48,8 @@ class RopeScaling:
     """Scaled rotary positions of Llama 3.1, which extend a model to longer texts."""
 
     factor: float  # low frequencies are divided by this
-    low_freq_factor: float  # a frequency is low if it turns at most this often in a text of the
-    high_freq_factor: float  # original length; it is kept if it turns at least this often
+    low_freq_factor: float  # rotations over the original length up to which a frequency is low
+    high_freq_factor: float  # rotations from which it is kept
     original_max_position_embeddings: int  # the original length, in tokens
     rope_type: str = "llama3"
 
@@ -73,9 +73,9 @@ class MistralConfig:
     rope_theta: float = 10000.0
     sliding_window: int | None = None  # keys that a query attends to, its own included; None: all
     tie_word_embeddings: bool = False  # whether lm_head is the embedding matrix
-    max_position_embeddings: int = 32768  # not used here: for the tokenizer and other tools,
-    bos_token_id: int | None = None  # as these two ids are
-    eos_token_id: int | list[int] | None = None
+    max_position_embeddings: int = 32768  # not used by the model; kept for other tools
+    bos_token_id: int | None = None  # not used by the model; kept for the tokenizer
+    eos_token_id: int | list[int] | None = None  # not used by the model; kept for the tokenizer
     rope_scaling: RopeScaling | None = None
     model_type: str = "mistral"  # or llama, qwen2, qwen3
 
@@ -83,7 +83,7 @@ class MistralConfig:
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         if self.head_dim is None:
             object.__setattr__(self, "head_dim", self.hidden_size // max(heads, 1))
-        for name in [field.name for field in fields(self)[:7]]:  # a product of three is < 2**63
+        for name in [field.name for field in fields(self)[:7]]:  # sizes of weights fit into int64
             if not 1 <= getattr(self, name) <= 2**20:
                 raise ValueError(f"{name} is {getattr(self, name)}; allowed are 1 to {2**20}")
         if heads % kv_heads or self.head_dim % 2:
@@ -101,34 +101,37 @@ class MistralConfig:
 # ---------------------------------------------------------------------------------- attention
 
 
-def scale_wavelengths(radian: Tensor, scaling: RopeScaling) -> Tensor:
+def scale_frequencies(inv_freq: Tensor, scaling: RopeScaling) -> Tensor:
     """Llama 3.1: divide low frequencies by `factor`, keep high ones, interpolate between them.
 
-    radian [Dh/2]: the number of positions per radian of each pair; the result has the same shape.
+    inv_freq [Dh/2], in radians per position -> the same shape.
     """
-    turns = scaling.original_max_position_embeddings / (2 * math.pi * radian)
+    rotations = scaling.original_max_position_embeddings * inv_freq / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return radian / (kept + (1 - kept) / scaling.factor)
+    kept = ((rotations - low) / (high - low)).clamp(0, 1)
+    return inv_freq * (kept + (1 - kept) / scaling.factor)
 
 
 def rotary_tables(positions: Tensor, config: MistralConfig, dtype: torch.dtype) -> Tensor:
     """Cosines and sines [2, T, Dh] of the rotary angles at integer positions [T].
 
-    Angles are computed in float32. In bfloat16, position 4,000 would be wrong by whole turns.
+    Angles are computed in float32. bfloat16 would round positions near 4,000 to multiples of 16.
     """
     pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device)
-    radian = config.rope_theta ** (pairs / config.head_dim)  # [Dh/2] positions per radian
+    inv_freq = config.rope_theta ** (-pairs / config.head_dim)  # [Dh/2] radians per position
     if config.rope_scaling:
-        radian = scale_wavelengths(radian, config.rope_scaling)
-    angles = positions.float()[:, None] / radian  # [T, Dh/2]
+        inv_freq = scale_frequencies(inv_freq, config.rope_scaling)
+    angles = positions.float()[:, None] * inv_freq  # [T, Dh/2]
     angles = torch.cat([angles, angles], dim=-1)  # [T, Dh] the same for both halves of a head
     return torch.stack([angles.cos(), angles.sin()]).to(dtype)
 
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """Rotate queries or keys x [B, T, heads, Dh] by the angles rotary [2, T, Dh] (rotate-half)."""
-    cos, sin = rotary[:, :, None, :]  # [T, 1, Dh] each: the same for every head
+    """Apply rotary embeddings rotary [2, T, Dh] to queries or keys x [B, heads, T, Dh].
+
+    Dimension i of a head forms a pair with i + Dh/2 (rotate-half).
+    """
+    cos, sin = rotary  # [T, Dh] each: the same for every head
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
@@ -176,7 +179,7 @@ class KVCache:
         return F.scaled_dot_product_attention(q, k, v, visible, enable_gqa=True)
 
     def truncate(self, length: int) -> None:
-        """Keep the first `length` tokens only. A thought is removed from a text in this way."""
+        """Keep only the first `length` tokens. think_last removes a thought in this way."""
         self.layers = [(k[:, :, :length], v[:, :, :length]) for k, v in self.layers]
 
 
@@ -184,7 +187,7 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """The projections before and after attention. A cache computes the attention between them."""
+    """The projections before and after attention. The cache computes attention itself."""
 
     def __init__(self, config: MistralConfig):
         super().__init__()
@@ -200,11 +203,12 @@ class Attention(nn.Module):
     def project(self, x: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, T, D], rotary [2, T, Dh] -> q [B, H, T, Dh], k and v [B, Hkv, T, Dh]."""
         q, k, v = (
-            projection(x).unflatten(-1, (-1, self.head_dim))  # [B, T, heads, Dh]
+            projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, heads, T, Dh]
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = rotate(self.q_norm(q), rotary), rotate(self.k_norm(k), rotary)
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        both = torch.cat([self.q_norm(q), self.k_norm(k)], dim=1)  # one rotation for q and k
+        q, k = rotate(both, rotary).split([q.shape[1], k.shape[1]], dim=1)
+        return q, k, v
 
     def output(self, attended: Tensor) -> Tensor:
         """The output projection: attended [B, H, T, Dh] -> [B, T, D]."""
@@ -225,7 +229,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """A pre-norm transformer layer. before and after are its halves on each side of attention."""
+    """A pre-norm transformer layer: before attention, attention in the cache, after attention."""
 
     def __init__(self, config: MistralConfig):
         super().__init__()
@@ -258,9 +262,8 @@ class Mistral(nn.Module):
     def __init__(self, config: MistralConfig):
         super().__init__()
         self.config = config
-        # nn.Embedding(V, D) on the meta device would import for a second; this does not.
-        table = torch.empty(config.vocab_size, config.hidden_size)
-        self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
+        V, D = config.vocab_size, config.hidden_size
+        self.embed_tokens = nn.Embedding(V, D, _weight=torch.empty(V, D))  # initialised below
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -275,7 +278,7 @@ class Mistral(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
 
     def run(self, x: Tensor, cache, positions: Tensor | None = None) -> Tensor:
-        """Embeddings x [B, T, D] through all layers -> final hidden states h [B, T, D].
+        """Embeddings x [B, T, D] through all layers -> final hidden states h of the same shape.
 
         cache: a KVCache or ThoughtCache; it stores the keys and decides which of them are visible.
         positions [T]: rotary positions. None: the positions after the text in the KVCache.
@@ -299,10 +302,7 @@ class Mistral(nn.Module):
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, memory-mapped: bytes are read when they are used.
-
-    Raises ValueError if the file is missing or damaged.
-    """
+    """Tensors of a safetensors file, memory-mapped. Raises ValueError if it is damaged."""
     try:
         return load_file(file)
     except (SafetensorError, OSError) as error:
@@ -310,7 +310,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def assign_weights(module: nn.Module, weights: dict[str, Tensor], source: Path) -> None:
-    """Make these tensors the parameters of a module. Nothing is copied.
+    """Assign `weights` to the parameters of `module` without copying.
 
     Raises ValueError that names every tensor that is missing, unexpected or of the wrong shape.
     """
@@ -322,7 +322,7 @@ def assign_weights(module: nn.Module, weights: dict[str, Tensor], source: Path) 
 
 
 def build(config: MistralConfig, weights: dict[str, Tensor], source: Path, dtype, device):
-    """A Mistral of these weights, which have the names of its parameters. Empties `weights`.
+    """Build a Mistral from `weights`, keyed by parameter name. Clears `weights`.
 
     dtype None keeps the dtype of the weights. Raises ValueError if the weights do not fit.
     """
@@ -333,8 +333,8 @@ def build(config: MistralConfig, weights: dict[str, Tensor], source: Path, dtype
     assign_weights(model, weights, source)
     weights.clear()  # so that a file is unmapped when the last of its tensors has been converted
     model.tie_head()
-    kept = reduce(torch.promote_types, (parameter.dtype for parameter in model.parameters()))
-    return model.to(device=device, dtype=dtype or kept)
+    widest = reduce(torch.promote_types, (parameter.dtype for parameter in model.parameters()))
+    return model.to(device=device, dtype=dtype or widest)  # a file may hold several dtypes
 
 
 def load_mistral(folder: str | Path, dtype: torch.dtype | None = None, device="cpu") -> Mistral:
@@ -376,12 +376,15 @@ def save_mistral(model: Mistral, folder: str | Path) -> None:
         for name, parameter in model.named_parameters()  # lists a tied head once, as embed_tokens
     }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    head = {
+    metadata = {
         "architectures": [f"{config.model_type.capitalize()}ForCausalLM"],
         "hidden_act": ACTIVATION.__name__,
         "torch_dtype": str(model.lm_head.weight.dtype).removeprefix("torch."),
     }
     if config.model_type.startswith("qwen"):
-        head |= {"use_sliding_window": config.sliding_window is not None, "max_window_layers": 0}
-    text = json.dumps(head | asdict(config), indent=2)
+        metadata |= {
+            "use_sliding_window": config.sliding_window is not None,
+            "max_window_layers": 0,
+        }
+    text = json.dumps(metadata | asdict(config), indent=2)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")

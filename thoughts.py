@@ -10,29 +10,34 @@ a = 0 .. A-1 true tokens ahead:
     5 reward  r_j: how much better a thought is than the mean thought    reward              (4.4)
     6 loss    L = c L_base + (1 - c) L_NLL + policy_weight L_REINFORCE   quiet_star_loss     (4.4)
 
-A thought is read in K + 1 passes. Each of the first K passes reads one token and samples the next
-one. The last pass reads t_K, end and the true tokens together, because all of them are known then
-(teacher forcing). thought_mask says which keys each step attends to (Figure 3):
+start and end are the meta tokens <|startofthought|> and <|endofthought|>. A thought is read in
+K + 1 passes. Each of the first K passes reads one token and samples the next one. The last pass
+reads t_K, end and the true tokens together, because all of them are known then (teacher forcing).
+thought_mask says which keys each step of a thought attends to (Figure 3):
 
                         x_0 .. x_j | start  t_1 .. t_{K-1} | t_K  end  x_{j+1} .. x_{j+A-1}
     step                           |   1     2  ..   K     | K+1  K+2   K+3   ..   K+A+1
     rotary position     0  ..  j   |  j+1          ..                              j+K+A+1
     its output predicts            |  t_1   t_2 ..  t_K    |  -  x_{j+1}   ..     x_{j+A}
-    pass                  base     |   1     2  ..   K     |            K+1
+    pass                  base     |   1     2  ..   K     |            K+1   (K = 0: start for t_K)
 
-At initialisation w = 1: p_talk is p_init, and thoughts are ignored. The gradient then reaches the
-last layer of the mixing head and, through p_init, the model; start, end and the other layers of the
-mixing head follow as soon as w is not 1. Letters of the shape comments, beside those of model.py
-(names of the paper in brackets):
+The mixing weight w is 1 at initialisation, so p_talk = p_init and thoughts have no effect. The
+gradient then reaches the model, through p_init, and the last layer of the mixing head. start, end
+and the other layers of the mixing head get a gradient as soon as w is not 1.
+
+Letters of the shape comments, beside those of model.py (names of the paper in brackets):
     N    thoughts per position [n_thoughts]
     K    sampled tokens of a thought, without start and end [t]
     A    true tokens ahead that a thought is scored on [n_true]
-    J    positions that think: all that have A targets, or a subset
+    J    positions that think; by default all that have A targets
     NJ   N * J thoughts as one axis; thoughts of the same sample index are adjacent
+    n    steps of a thought that one pass reads: 1, or A + 1 in the last pass
 
 Positions are 0-based: position j has read ids[:, : j + 1] and predicts ids[:, j + 1]. "nll" is a
-negative log-likelihood, "logp" a log-probability, both in nats. This file imports model.py and
-nothing else of this repository.
+negative log-likelihood, "logp" a log-probability, both in nats. "Ours:" marks what the paper does
+not specify, or does differently. The file is ordered from the parts to the whole: mask and cache,
+sampling, mixing, the model, reward, loss. One can also begin at QuietStar.forward. It imports
+nothing of this repository but model.py.
 """
 
 import json
@@ -57,22 +62,22 @@ from model import (
     save_mistral,
 )
 
-NEVER = -1e10  # logit of an excluded token: its probability is 0 in float32, and 0 * NEVER is 0
+NEVER = -1e10  # logit of an excluded token: p is 0 in float32, and finite, since 0 * -inf is NaN
 
 
 @dataclass(frozen=True)
 class ThoughtConfig:
-    """How a model thinks and how it learns to. The defaults are the authors' for Mistral 7B."""
+    """How a model thinks and how it learns to. Defaults: the authors' values for Mistral 7B."""
 
     n_thoughts: int = 2  # thoughts sampled at every position (N)
     thought_length: int = 9  # sampled tokens of a thought, start and end not counted (K)
     n_true: int = 4  # true tokens ahead that a thought is scored on (A)
-    start_id: int | None = None  # id of <|startofthought|>; none: V, outside the vocabulary
-    end_id: int | None = None  # id of <|endofthought|>; none: V + 1, outside the vocabulary
+    start_id: int | None = None  # id of <|startofthought|>; none: V, outside of the vocabulary
+    end_id: int | None = None  # id of <|endofthought|>; none: V + 1
     init_id: int | None = None  # token whose embedding initialises both: em_dash_id; none: random
-    embedding_scale: float = 100.0  # both are stored divided by this, so that Adam moves them more
-    reinforce_temperature: float = 3.0  # of log p(thought) in REINFORCE, not of the sampling
-    base_weight: float = 0.5  # of the loss without thoughts; the loss with them has the rest (c)
+    embedding_scale: float = 100.0  # both are stored divided by this: a step changes them more
+    reinforce_temperature: float = 3.0  # of log p(thought) in REINFORCE; sampling does not use it
+    base_weight: float = 0.5  # c, of the loss without thoughts; the loss with them has 1 - c
     policy_weight: float | None = None  # of REINFORCE; none: 1e6 / K
     drop_negative: bool = True  # learn only from thoughts that beat the mean of their position
 
@@ -87,7 +92,7 @@ class ThoughtConfig:
 
     @property
     def reinforce_weight(self) -> float:
-        """policy_weight, or the authors' 1e6: theirs is for a mean over the K tokens, not a sum."""
+        """policy_weight; by default the authors' 1e6 / K, since they average over K and we sum."""
         default = 1e6 / max(self.thought_length, 1)
         return default if self.policy_weight is None else self.policy_weight
 
@@ -95,7 +100,7 @@ class ThoughtConfig:
 def em_dash_id(tokenizer) -> int:
     """Id of the token "—", with whose embedding start and end are initialised. Paper: section 4.4.
 
-    Where the vocabulary has no such token: the first token of its encoding that is no white space.
+    If the vocabulary has no such token: the first token of its encoding that is not white space.
     """
     try:
         return tokenizer.token_id("—")
@@ -121,27 +126,27 @@ class Output(NamedTuple):
 
 
 def thought_mask(origin: Tensor, steps: range, T: int, window: int | None) -> Tensor:
-    """Figure 3 of the paper as a function: the keys that the given steps of some thoughts see.
+    """Figure 3 of the paper (section 4.2) as a function: the keys that steps of thoughts attend to.
 
-    origin [thoughts]: the position j that each thought follows. steps: successive steps, counted
-    from 1. Returns [thoughts, n, T + last step] bool: over the T keys of the text, then over the
-    keys of the thought's own steps. A step sees the text up to position j and its own thought up to
-    itself; it sees no other thought and no later text. The sliding window applies to both, by
-    rotary position, which is j + step. (At inference, think_last gets the same from the KVCache.)
+    origin [NJ]: the position j that each thought follows. steps: range of n steps; start is step 1.
+    Returns [NJ, n, T + last step] bool: the T keys of the text, then the keys of the thought's own
+    steps. A step attends to the text up to position j and to its own thought up to itself; it
+    attends to no other thought and to no later text. The sliding window applies to both, by rotary
+    position, which is j + step. (At inference, think_last gets the same from the KVCache.)
     """
     text = torch.arange(T, device=origin.device)
-    own = origin[:, None] + torch.arange(1, steps.stop, device=origin.device)  # [thoughts, last]
-    query = own[:, steps.start - 1 :, None]  # [thoughts, n, 1] rotary positions
+    own = origin[:, None] + torch.arange(1, steps.stop, device=origin.device)  # [NJ, last step]
+    query = own[:, steps.start - 1 :, None]  # [NJ, n, 1] rotary positions
     sees_text = (text <= origin[:, None, None]) & in_window(query, text, window)
-    sees_own = in_window(query, own[:, None], window)  # [thoughts, n, last]
+    sees_own = in_window(query, own[:, None], window)  # [NJ, n, last step]
     return torch.cat([sees_text, sees_own], dim=-1)
 
 
 class ThoughtCache:
-    """Keys and values of all thoughts, beside those of the text in a KVCache.
+    """Keys and values of all thoughts, beside those of the text in a KVCache. Section 4.2.
 
-    All N thoughts at all J positions are read together, as NJ * n queries in each pass. The keys of
-    the text are stored once for all of them, and each thought has keys of its own. Section 4.2.
+    A pass reads n steps of all thoughts, as NJ * n queries. The keys of the text are stored once
+    and shared; each thought has its own keys.
     """
 
     def __init__(self, text: KVCache, positions: Tensor, config: ThoughtConfig):
@@ -151,13 +156,14 @@ class ThoughtCache:
 
     @property
     def length(self) -> int:
-        """The number of steps that have been read."""
+        """The number of steps of a thought that have been read."""
         return self.own[0][0].shape[3] if self.own else 0
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of the next n steps of all thoughts in a layer: q [B, H, NJ * n, Dh] -> same.
 
-        k, v [B, Hkv, NJ * n, Dh] are the keys and values of these steps, and are added.
+        k, v [B, Hkv, NJ * n, Dh] are the keys and values of these steps. They are added to the
+        cache.
         """
         q, k, v = (x.unflatten(2, (len(self.origin), -1)) for x in (q, k, v))  # [B, .., NJ, n, Dh]
         if layer == len(self.own):
@@ -167,48 +173,48 @@ class ThoughtCache:
             k, v = torch.cat([before_k, k], dim=3), torch.cat([before_v, v], dim=3)
             self.own[layer] = k, v  # [B, Hkv, NJ, length, Dh]
         text_k, text_v = self.text.layers[layer]  # [B, Hkv, T, Dh]
-        T, steps = text_k.shape[2], range(k.shape[3] + 1)[-q.shape[3] :]
-        if layer == 0:  # the mask is the same in all layers
-            self.visible = thought_mask(self.origin, steps, T, self.text.window)
-
-        return self.attention(q, k, v, text_k, text_v, self.visible).flatten(2, 3)
+        if layer == 0:  # the mask is the same in all layers; added to scores, -inf hides a key
+            n, last = q.shape[3], k.shape[3]
+            steps, T = range(last - n + 1, last + 1), text_k.shape[2]
+            visible = thought_mask(self.origin, steps, T, self.text.window)
+            self.bias = torch.zeros_like(visible, dtype=q.dtype).masked_fill(~visible, -math.inf)
+        return self.attention(q, k, v, text_k, text_v, self.bias).flatten(2, 3)
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, text_k: Tensor, text_v: Tensor, visible: Tensor
+        self, q: Tensor, k: Tensor, v: Tensor, text_k: Tensor, text_v: Tensor, bias: Tensor
     ) -> Tensor:
-        """Attention of n steps of every thought over the text and over the thought itself.
+        """Softmax attention of n steps of every thought over the text and over the thought itself.
 
         q [B, H, NJ, n, Dh] -> the same shape; own k, v [B, Hkv, NJ, steps, Dh]; text_k, text_v
-        [B, Hkv, T, Dh]; visible [NJ, n, T + steps] bool.
+        [B, Hkv, T, Dh]; bias [NJ, n, T + steps]: 0, or -inf where a key is not visible.
         """
-        T, H = text_k.shape[2], q.shape[1]
-        q = q.unflatten(1, (k.shape[1], -1)) / math.sqrt(
-            q.shape[-1]
-        )  # [B, Hkv, H / Hkv, NJ, n, Dh]
-        # h: key heads, g: query heads of each, i: thoughts, n: steps of the queries, t: text keys,
-        # s: steps of the own keys, d: head size
-        to_text = einsum("bhgind,bhtd->bhgint", q, text_k)  # the same keys for all thoughts
-        to_own = einsum("bhgind,bhisd->bhgins", q, k)  # every thought's own keys
-        scores = torch.cat([to_text, to_own], dim=-1).masked_fill(~visible, -math.inf)
-        p = scores.float().softmax(-1).to(q.dtype)  # one softmax over both kinds of keys
-        out = einsum("bhgint,bhtd->bhgind", p[..., :T], text_v)
-        out = out + einsum("bhgins,bhisd->bhgind", p[..., T:], v)
-        return out.reshape(len(out), H, *out.shape[3:])
+        # b: sequences, h: key heads, i: thoughts, g: the H / Hkv query heads of a key head,
+        # n: steps of the queries, t: text keys, s: steps of the own keys, d: head size
+        q = q.unflatten(1, (k.shape[1], -1)).transpose(2, 3).contiguous()  # [B, Hkv, NJ, G, n, Dh]
+        to_text = einsum("bhignd,bhtd->bhignt", q, text_k)  # the same keys for all thoughts
+        to_own = einsum("bhignd,bhisd->bhigns", q, k)  # every thought's own keys
+        scores = torch.cat([to_text, to_own], dim=-1) / math.sqrt(q.shape[-1]) + bias[:, None]
+        p = scores.softmax(-1, dtype=torch.float32).to(q.dtype)  # one softmax over both
+        p_text, p_own = p.split([text_k.shape[2], k.shape[3]], dim=-1)
+        out = einsum("bhignt,bhtd->bhignd", p_text, text_v)
+        out = out + einsum("bhigns,bhisd->bhignd", p_own, v)
+        out = out.permute(0, 2, 4, 1, 3, 5).flatten(3, 4)  # [B, NJ, n, H, Dh]
+        return out.permute(0, 3, 1, 2, 4)  # [B, H, NJ, n, Dh]
 
 
 # --------------------------------------------------------------------------- 2 think: sampling
 
 
 def widen(x: Tensor) -> Tensor:
-    """x in float32 if its dtype is narrower."""
+    """Convert x to float32, unless its dtype is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def token_logits(h: Tensor, head: Tensor, excluded: tuple[int, ...] = ()) -> Tensor:
     """Logits [..., V] in float32 of hidden states h [..., D] under head [V, D].
 
-    The tokens in excluded (meta tokens, where a token is to be sampled) get the logit NEVER. The
-    product is computed in the wider dtype of h and head.
+    Tokens in excluded get the logit NEVER: they are never sampled. The product is computed in the
+    wider dtype of h and head.
     """
     dtype = torch.promote_types(h.dtype, head.dtype)
     logits = (h.to(dtype) @ head.to(dtype).mT).float()
@@ -226,8 +232,8 @@ def token_logp(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Tensor:
 def sample_tokens(logits: Tensor, uniform: Tensor) -> Tensor:
     """Sample a token from softmax(logits [..., V]) -> [...] int64, by inverse CDF.
 
-    uniform [...] holds random numbers in [0, 1). Ours: one number per token, drawn by the caller on
-    the CPU, so that a seed gives the same thoughts however a batch is split.
+    uniform [...]: random numbers in [0, 1), one per token. Ours: the caller draws them on the CPU,
+    so that samples do not depend on how a batch is split.
     """
     p = torch.softmax(logits.detach(), dim=-1)
     cdf = p.cumsum(-1)
@@ -235,7 +241,7 @@ def sample_tokens(logits: Tensor, uniform: Tensor) -> Tensor:
         uniform[..., None] * cdf[..., -1:]
     )  # less than the sum: torch.rand is at most 1 - 2**-24
     token = torch.searchsorted(cdf, point, right=True)  # [..., 1]
-    # A token of p = 0 is never drawn, unless a GPU adds up in another order: then take the argmax.
+    # A parallel cumsum on a GPU may select a token of probability 0: take the argmax instead.
     possible = p.gather(-1, token.clamp(max=p.shape[-1] - 1)) > 0
     return torch.where(possible, token, p.argmax(-1, keepdim=True)).squeeze(-1)
 
@@ -248,7 +254,7 @@ def mix(h_init: Tensor, h_thought: Tensor, weight: Tensor) -> Tensor:
 
     Paper: section 4.3, log p_talk = w log p_init + (1 - w) log p_thought, normalised. The head is
     linear, so mixing hidden states gives the same distribution with one head evaluation, not two.
-    weight [...] is float32. This form keeps a 1 - w that is too small for bfloat16.
+    weight [...]. Ours: in float32; in bfloat16 a small 1 - w would be lost.
     """
     h_init, h_thought = widen(h_init), widen(h_thought)
     return h_init + (1 - weight[..., None]) * (h_thought - h_init)
@@ -266,9 +272,9 @@ def valid_targets(target_mask: Tensor, positions: Tensor, n_true: int) -> Tensor
 
 
 class QuietStar(nn.Module):
-    """A Mistral that thinks. At initialisation it predicts exactly what the Mistral predicts."""
+    """A Mistral that thinks. At initialisation it predicts what the Mistral predicts."""
 
-    # forward uses these three; fast/ replaces them by functions of the same results.
+    # forward uses these three; fast/ replaces them. (think_last always uses the plain functions.)
     thought_cache = ThoughtCache
     token_logits, token_logp = staticmethod(token_logits), staticmethod(token_logp)
 
@@ -292,14 +298,10 @@ class QuietStar(nn.Module):
         nn.init.zeros_(self.mixing_head[4].weight)
 
     def forward(
-        self,
-        ids: Tensor,
-        thought_ids: Tensor | None = None,
-        positions: Tensor | None = None,
-        target_mask: Tensor | None = None,
-        temperature: float = 1.0,
+        self, ids: Tensor, thought_ids: Tensor | None = None, positions: Tensor | None = None,
+        target_mask: Tensor | None = None, temperature: float = 1.0,
         generator: torch.Generator | None = None,
-    ) -> Output:
+    ) -> Output:  # fmt: skip
         """Think at many positions of ids [B, T] in parallel, and predict the tokens that follow.
 
         thought_ids [B, N, J, K] int64: the thoughts to use. None: sample them at `temperature`
@@ -310,21 +312,22 @@ class QuietStar(nn.Module):
         document). It does not mask keys, so padding must be on the right.
         Raises ValueError if positions or thought_ids do not fit.
 
-        Gradients flow through the base pass (also as the keys that thoughts attend to), the
-        embeddings of the thoughts' tokens, and the mixing. Sampled ids are constants.
+        Gradients flow through every pass and through the mixing. Sampled ids are constants.
         """
         (B, T), config = ids.shape, self.config
         positions = torch.arange(max(T - config.n_true, 0)) if positions is None else positions
-        positions = positions.to(ids.device)
         if not (len(positions) and positions.min() >= 0 and positions.max() <= T - 2):
             raise ValueError(f"positions {positions.tolist()}: give some, all in 0 .. {T - 2}")
         shape = (B, config.n_thoughts, len(positions), config.thought_length)
         if thought_ids is not None and thought_ids.shape != shape:
             raise ValueError(f"thought_ids is {[*thought_ids.shape]}; [B, N, J, K] is {[*shape]}")
         target_mask = torch.ones_like(ids, dtype=torch.bool) if target_mask is None else target_mask
+        positions = positions.to(ids.device)
 
         text = KVCache(self.model.config)
-        h_init = self.model.run(self.model.embed_tokens(ids), text)  # 1 base: [B, T, D]
+        h_init = self.model.run(
+            self.model.embed_tokens(ids), text
+        )  # 1 base, section 4.1: [B, T, D]
         logits = self.token_logits(widen(h_init[:, :-1]), self.model.lm_head.weight)
         base_nll = -self.token_logp(logits, ids[:, 1:]) * target_mask[:, 1:]  # [B, T-1]
 
@@ -334,9 +337,8 @@ class QuietStar(nn.Module):
         talk_nll, weight = self.talk(cache, thought_ids, ids, positions, h_init)
         valid = valid_targets(target_mask, positions, config.n_true)  # [A, B, J]
         talk_nll = talk_nll * valid[:, :, None]
-        return Output(
-            thought_ids, thought_logp, base_nll, talk_nll, weight, valid, positions, target_mask
-        )
+        thought = thought_ids, thought_logp
+        return Output(*thought, base_nll, talk_nll, weight, valid, positions, target_mask)
 
     def think(
         self, cache: ThoughtCache, uniform: Tensor, temperature: float, forced: Tensor | None
@@ -344,7 +346,7 @@ class QuietStar(nn.Module):
         """2 think: sample the K tokens of every thought, or take forced ones. Paper: section 4.2.
 
         uniform [B, N, J, K]: see sample_tokens; forced: [B, N, J, K] or None. Returns ids and their
-        log p, both [B, N, J, K]; log p of a forced meta token is NEVER. t_K is sampled, not read.
+        log p, both [B, N, J, K]. t_K is sampled and not yet read.
         """
         V, tau = self.model.config.vocab_size, self.config.reinforce_temperature
         token = torch.full(uniform.shape[:3], self.start_id, device=uniform.device)  # [B, N, J]
@@ -358,7 +360,8 @@ class QuietStar(nn.Module):
                 token = logits.argmax(-1)
             else:
                 token = sample_tokens(logits / temperature, uniform[..., k])
-            logp_k = self.token_logp(logits, token.clamp(max=V - 1), tau)  # log p(t_k | x_:j, t_<k)
+            # log p(t_k | x_:j, start, t_<k); a forced meta token may be outside of the vocabulary
+            logp_k = self.token_logp(logits, token.clamp(max=V - 1), tau)  # [B, N, J]
             logp.append(logp_k.where(token < V, NEVER)[..., None])
             thought.append(token[..., None])
         return torch.cat(thought, dim=-1), torch.cat(logp, dim=-1)
@@ -370,19 +373,19 @@ class QuietStar(nn.Module):
         """3 talk, 4 mix: predict A true tokens after every thought. Paper: sections 4.4 and 4.3.
 
         One pass reads t_K (start if K = 0), end and x_{j+1} .. x_{j+A-1}. Returns the nll of
-        x_{j+1} .. x_{j+A} and the mixing weight w, both [A, B, N, J]. Past the end of the text, the
-        last token is repeated; the caller masks these targets.
+        x_{j+1} .. x_{j+A} and the mixing weight w, both [A, B, N, J]. After the end of the text,
+        the last token is repeated; the caller masks these targets.
         """
         shape, T = (*thought_ids.shape[:3], 1), ids.shape[1]  # [B, N, J, 1]
         start, end = (thought_ids.new_full(shape, token) for token in (self.start_id, self.end_id))
-        last = torch.cat([start, thought_ids], dim=-1)[..., -1:]  # [B, N, J, 1]
-        ahead = torch.arange(self.config.n_true, device=ids.device)  # a = 0 .. A-1
-        ahead = (positions[:, None] + ahead).clamp(max=T - 2)  # [J, A] j + a
+        t_K = torch.cat([start, thought_ids], dim=-1)[..., -1:]  # [B, N, J, 1]
+        a = torch.arange(self.config.n_true, device=ids.device)  # 0 .. A-1
+        ahead = (positions[:, None] + a).clamp(max=T - 2)  # [J, A] j + a
         true = ids[:, None, ahead + 1].expand(*shape[:3], -1)  # [B, N, J, A] x_{j+1+a}
-        h = self.read(torch.cat([last, end, true[..., :-1]], dim=-1), cache)
-        h_thought = h[..., 1:, :]  # [B, N, J, A, D] h_thought_{j,a}
+        h = self.read(torch.cat([t_K, end, true[..., :-1]], dim=-1), cache)
+        h_thought = h[..., 1:, :]  # [B, N, J, A, D] h_thought_{j,a}, section 4.4
         h_ahead = h_init[:, None, ahead].expand_as(h_thought)  # h_init_{j+a}
-        w = self.mixing_weight(h_ahead, h_thought)  # [B, N, J, A] w_{j,a}
+        w = self.mixing_weight(h_ahead, h_thought)  # [B, N, J, A] w_{j,a}, section 4.3
         mixed = mix(h_ahead, h_thought, w)  # [B, N, J, A, D]
         logits = self.token_logits(mixed, self.model.lm_head.weight)  # [B, N, J, A, V]
         nll = -self.token_logp(logits, true)  # - log p_talk_{j,a}(x_{j+1+a})
@@ -398,8 +401,9 @@ class QuietStar(nn.Module):
     def embed_thought(self, ids: Tensor) -> Tensor:
         """Embeddings [..., D] of a thought's tokens ids [...]: ordinary tokens, start or end.
 
-        Paper: appendix A. start and end are stored small and multiplied in use. A step of Adam has
-        the size of the learning rate, so it moves them embedding_scale times as far.
+        Paper: appendix A. start and end are stored divided by embedding_scale. Adam changes a
+        stored value by about the learning rate, and so the embedding in use by embedding_scale
+        times as much.
         """
         is_start, is_end = ids == self.start_id, ids == self.end_id
         x = self.model.embed_tokens(ids.masked_fill(is_start | is_end, 0))
@@ -409,8 +413,8 @@ class QuietStar(nn.Module):
     def mixing_weight(self, h_init: Tensor, h_thought: Tensor) -> Tensor:
         """w [...] = 1 - MLP([h_init ; h_thought]) in float32, both [..., D]. Paper: section 4.3.
 
-        w is not squashed and may leave [0, 1], as in the authors' code. Their talk_head is this MLP
-        and weighs the thought: w = 1 - theirs. The last layer starts at zero, so w starts at 1.
+        w is not restricted to [0, 1], as in the authors' code. Their talk_head is this MLP, and
+        returns 1 - w. The last layer is initialised with zeros, so w is 1 at first.
         """
         both = torch.cat([h_init, h_thought], dim=-1).to(self.mixing_head[0].weight)
         return 1 - widen(self.mixing_head(both)).squeeze(-1)
@@ -421,13 +425,13 @@ class QuietStar(nn.Module):
     ) -> "Prediction":
         """Inference: read the text's next token last [B], think, and predict the token after it.
 
-        thought_ids [B, K] forces the thought; None: greedy (section 4.2). cache holds the text
-        before `last`; afterwards it holds `last` too, and nothing of the thought. Ours: K + 1
-        passes, [last, start], t_1 .. t_{K-1} one by one, [t_K, end].
+        thought_ids [B, K]: the thought to use; None: greedy. cache holds the text before `last`;
+        afterwards it holds `last` too, and nothing of the thought. Ours: K + 1 passes,
+        [last, start], t_1 .. t_{K-1} one by one, [t_K, end].
         """
         start, end = (last.new_full((len(last), 1), i) for i in (self.start_id, self.end_id))
         x = torch.cat([self.model.embed_tokens(last[:, None]), self.embed_thought(start)], dim=1)
-        head, read = self.model.lm_head.weight, cache.length + 1
+        head, length = self.model.lm_head.weight, cache.length + 1
         states, thought = [], [last.new_empty(len(last), 0)]
         for k in range(self.config.thought_length):
             states.append(self.model.run(x, cache))  # [B, 2 or 1, D]
@@ -435,7 +439,7 @@ class QuietStar(nn.Module):
             thought.append(greedy if thought_ids is None else thought_ids[:, k : k + 1])
             x = self.embed_thought(thought[-1])  # [B, 1, D]
         states.append(self.model.run(torch.cat([x, self.embed_thought(end)], dim=1), cache))
-        cache.truncate(read)
+        cache.truncate(length)
 
         h_init, h_thought = states[0][:, 0], states[-1][:, -1]  # [B, D]
         w = self.mixing_weight(h_init, h_thought)
@@ -475,20 +479,20 @@ def reward(talk_nll: Tensor, base_nll: Tensor, positions: Tensor, valid: Tensor)
     """r_j [B, N, J] in nats: R_j of a thought minus the mean R_j of the N thoughts at its position.
 
     Paper: section 4.4. talk_nll [A, B, N, J], base_nll [B, T-1], positions [J], valid [A, B, J] as
-    in Output. r_j is the advantage of group-relative methods, without the division by sigma. For
+    in Output. r_j is the advantage of GRPO without the division by the standard deviation. For
     example, with A = 2 and N = 3:
 
         thought    nll of the two true tokens    R_j     mean    r_j
            1               1.0  1.0             -2.0     -4.0   +2.0
            2               2.0  1.0             -3.0            +1.0
-           3               3.0  4.0             -7.0            -3.0   (0 if drop_negative)
+           3               3.0  4.0             -7.0            -3.0
 
-    Ours: with N = 1 the baseline is R_j without a thought. The reward is 0 where a target is
-    missing. It is a constant: no gradient.
+    Ours: with N = 1 the baseline is R_j without a thought. r_j is 0 where a target is missing. No
+    gradient flows through r_j.
     """
     R = log_likelihood(talk_nll.detach())  # [B, N, J]
-    if R.shape[1] > 1:  # as differences: equal thoughts get exactly 0, also when scaled by 1e6
-        r = (R[:, :, None] - R[:, None]).mean(2)  # [B, N, J] r_j = R_j - mean R_j
+    if R.shape[1] > 1:  # r_j = R_j - mean R_j, section 4.4
+        r = (R[:, :, None] - R[:, None]).mean(2)  # as a mean of differences: 0 for equal thoughts
     else:
         r = R - log_likelihood(base_ahead(base_nll.detach(), positions, valid))
     return torch.where(valid.all(0)[:, None], r, 0.0)
@@ -514,35 +518,29 @@ def quiet_star_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a batch and its metrics (detached scalars). Paper: section 4.4.
 
-    Only positions with all A targets count, so that padding changes nothing. counts: count_targets
-    of the whole batch if output is a part of it; losses, gradients and metrics then add up over the
-    parts. As in the authors' code: L_base and the weights, the mean over a in L_NLL, and means of
-    log p over thoughts, not logs of mean p.
+    L_base averages over all targets; L_NLL and L_REINFORCE average over thoughts and over positions
+    that have all A targets, so that padding changes nothing. As in the authors' code: L_base and
+    the weights, the mean over a in L_NLL, and means of log p over thoughts, not logs of mean p.
+    counts: count_targets of the whole batch, if output is only a part of it. Losses, gradients and
+    metrics then add up over the parts.
 
-    Metrics, in nats: init_nll is L_NLL without thoughts over the same tokens, reward the mean of
-    the r_j that REINFORCE used. weight is the mean of w.
+    Metrics: loss is the weighted sum; base_nll, talk_nll and policy_loss are its parts; init_nll is
+    talk_nll without thoughts (all in nats). reward is the mean of the r_j used, weight that of w.
     """
     counts = counts or count_targets(output.target_mask, output.positions, config.n_true)
     _, thought_logp, base_nll, talk_nll, weight, valid, positions, _ = output
     mean = partial(valid_mean, output=output, counts=counts)
     r = reward(talk_nll, base_nll, positions, valid)  # [B, N, J]
-    r = r.clamp(min=0) if config.drop_negative else r
+    r = r.clamp(min=0) if config.drop_negative else r  # section 4.4: keep what helped
 
     L_base = base_nll.sum() / max(counts[0], 1)  # - log p_init_j(x_{j+1})
-    L_NLL = mean(talk_nll.mean(0))  # - mean_a log p_talk_{j,a}(x_{j+1+a})
-    L_REINFORCE = mean(-r * thought_logp.sum(-1))  # - r_j log p(T_j | x_:j, start)
+    L_NLL = mean(talk_nll.mean(0))  # - mean_a log p_talk_{j,a}(x_{j+1+a}), section 4.4
+    L_REINFORCE = mean(-r * thought_logp.sum(-1))  # - r_j log p(t_1 .. t_K | x_:j, start)
     language = config.base_weight * L_base + (1 - config.base_weight) * L_NLL
     loss = language + config.reinforce_weight * L_REINFORCE
     init_nll = base_ahead(base_nll, positions, valid).mean(0).expand_as(r)
-    metrics = {
-        "loss": loss,
-        "base_nll": L_base,
-        "talk_nll": L_NLL,
-        "policy_loss": L_REINFORCE,
-        "init_nll": mean(init_nll),
-        "reward": mean(r),
-        "weight": mean(weight.mean(0)),
-    }
+    metrics = {"loss": loss, "base_nll": L_base, "talk_nll": L_NLL, "policy_loss": L_REINFORCE}
+    metrics |= {"init_nll": mean(init_nll), "reward": mean(r), "weight": mean(weight.mean(0))}
     return loss, {name: value.detach() for name, value in metrics.items()}
 
 
@@ -561,7 +559,7 @@ def save_quiet_star(model: QuietStar, folder: str | Path) -> None:
 def load_quiet_star(folder: str | Path, dtype=None, device="cpu") -> QuietStar:
     """Load a folder of save_quiet_star that holds a Mistral. Raises ValueError as load_mistral.
 
-    (support.checkpoints.load_any reads other families and the authors' release.)
+    (support.checkpoints.load_any also reads other families and the authors' release.)
     """
     config = json.loads((Path(folder) / "quiet_star.json").read_text(encoding="utf-8"))
     own = read_tensors(Path(folder) / "quiet_star.safetensors")

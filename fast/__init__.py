@@ -12,6 +12,7 @@ from torch import Tensor
 from fast.adamw import BFloat16AdamW
 from fast.attention import FastThoughtCache, RecomputingThoughtCache
 from fast.layers import treat_layers
+from fast.linear import add_gradients_at_once
 from fast.logp import token_logits, token_logp
 from thoughts import QuietStar
 
@@ -30,10 +31,13 @@ def apply(
     torch.compile the layers, which is slow to start. masters: AdamW keeps float32 copies of
     bfloat16 weights; otherwise it rounds stochastically.
     """
-    on_cpu = model.start_embedding.device.type == "cpu"
-    model.thought_cache = FastThoughtCache if on_cpu else RecomputingThoughtCache
+    if model.start_embedding.device.type == "cpu":
+        model.thought_cache = FastThoughtCache
+    elif checkpointing:
+        model.thought_cache = RecomputingThoughtCache
     model.token_logits, model.token_logp = token_logits, token_logp
     treat_layers(model.model.layers, checkpointing, compile)
+    add_gradients_at_once(model.model.layers)
     if model.start_embedding.dtype != torch.bfloat16:
         return torch.optim.AdamW
     return partial(BFloat16AdamW, masters=masters)

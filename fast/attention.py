@@ -204,7 +204,7 @@ class FastThoughtCache(ThoughtCache):
 
 
 class RecomputingThoughtCache(ThoughtCache):
-    """For other devices: attention is computed again in the backward pass, and nothing is kept."""
+    """For other devices, with checkpointing: attention is computed again in the backward pass."""
 
     def attention(self, *tensors: Tensor) -> Tensor:
         """As ThoughtCache.attention."""

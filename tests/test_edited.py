@@ -19,10 +19,10 @@ RUN += " --positions 6 --lr 1e-3 --mixing-lr 1e-1 --warmup 1 --cooldown 0"
 EDITS = {  # what is edited: (file, a line of it, the edited line)
     "ThoughtCache.attend": (
         "thoughts.py",
-        "text_v, self.visible).flatten(2, 3)",
-        "text_v, self.visible).flatten(2, 3) / 2",
+        "text_v, self.bias).flatten(2, 3)",
+        "text_v, self.bias).flatten(2, 3) / 2",
     ),
-    "ThoughtCache.attention": ("thoughts.py", ".masked_fill(~visible, -math.inf)", ".sin()"),
+    "ThoughtCache.attention": ("thoughts.py", "/ math.sqrt(q.shape[-1]) + bias", "/ 2 + bias"),
     "thought_mask": ("thoughts.py", "(text <= origin[", "(text < origin["),
     "token_logits": (
         "thoughts.py",
@@ -38,7 +38,7 @@ EDITS = {  # what is edited: (file, a line of it, the edited line)
         "return x + self.after(x, attend(",
     ),
     "Layer.after": ("model.py", "return x + self.mlp(", "return x - self.mlp("),
-    "Attention.project": ("model.py", "rotate(self.k_norm(k), rotary)", "self.k_norm(k)"),
+    "Attention.project": ("model.py", "rotate(both, rotary)", "both"),
     "Attention.output": ("model.py", "return self.o_proj(", "return 2 * self.o_proj("),
     "MLP.forward": ("model.py", "* self.up_proj(x))", "* self.up_proj(x).tanh())"),
     "rotate": ("model.py", "return x * cos + ", "return x * cos - "),

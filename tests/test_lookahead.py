@@ -70,4 +70,4 @@ def test_a_subset_of_positions_estimates_the_same_loss():
     subsets = list(itertools.combinations(range(5), 2))
     mean = sum(map(loss_and_gradient, subsets)) / len(subsets)
     everywhere = loss_and_gradient(range(5))
-    assert (mean - everywhere).abs().max() < 1e-6 * everywhere.abs().max()
+    assert (mean - everywhere).abs().max() < 4e-6 * everywhere.abs().max()

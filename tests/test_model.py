@@ -18,7 +18,7 @@ from model import (
     RopeScaling,
     rotary_tables,
     save_mistral,
-    scale_wavelengths,
+    scale_frequencies,
 )
 from support.checkpoints import load_any
 
@@ -87,9 +87,9 @@ def test_stretched_rotary_positions_by_hand():
 
     That is 4, 0.5 and 2 turns: kept, slowed by 8, and between, with (2 - 1) / (4 - 1) of it kept.
     """
-    radian = torch.tensor([10.0, 80.0, 20.0]) / (2 * math.pi)
-    frequency = 1 / scale_wavelengths(radian, RopeScaling(8.0, 1.0, 4.0, 40)) * radian
-    assert (frequency - torch.tensor([1, 1 / 8, 1 / 3 + 2 / 3 / 8])).abs().max() < 1e-6
+    inv_freq = 2 * math.pi / torch.tensor([10.0, 80.0, 20.0])
+    ratio = scale_frequencies(inv_freq, RopeScaling(8.0, 1.0, 4.0, 40)) / inv_freq
+    assert (ratio - torch.tensor([1, 1 / 8, 1 / 3 + 2 / 3 / 8])).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("window", [None, 5, 10])
