@@ -32,6 +32,7 @@ from model import Mistral, MistralConfig, check_at_least, load_mistral
 from support import corpus, runs
 from support.checkpoints import load, read_config, read_thought_config
 from support.device import DTYPES, pick_device
+from support.memory import check_memory
 from support.settings import add_settings
 from support.terminal import execute, make_parser
 from support.text import read_tokens, tokenize
@@ -212,6 +213,15 @@ def make_optimizer(model: nn.Module, settings: Settings, AdamW=torch.optim.AdamW
     return AdamW([group for group in groups if group["params"]], weight_decay=settings.weight_decay)
 
 
+def fast_path(settings: Settings):
+    """The function that makes a model use fast/, or None without --fast."""
+    if not settings.fast:
+        return None
+    import fast
+
+    return partial(fast.apply, checkpointing=settings.checkpointing)
+
+
 def train_base(settings: Settings, thoughts: ThoughtConfig, run: Path, device) -> Mistral:
     """Stage 1 on the built-in corpus: a language model of lines that explain themselves."""
     runs.make_folder(settings, thoughts, run)
@@ -258,8 +268,10 @@ def train_thoughts(
 ) -> QuietStar:  # fmt: skip
     """Stage 2: train Quiet-STaR in a run's folder, or another loss or model if they are given."""
     source = Path(settings.checkpoint or run / "base")
-    read_config(source)  # an unreadable checkpoint fails before the folder is made
+    shape = read_config(source)  # an unreadable checkpoint fails before the folder is made
     tokenizer, look_every = load_tokenizer(source), 10
+    if settings.data and not SEVERAL:
+        check_memory(shape, thoughts, settings, fast_path, device)
     if settings.data:
         print(f"reading {', '.join(settings.data)}", flush=True)
         tokens = read_tokens(settings.data, tokenizer)
@@ -272,7 +284,7 @@ def train_thoughts(
         look = evaluation.text_look(held_out, settings.eval_sequences, settings.context, device)
         look_every = settings.eval_every
     model, AdamW, gradient = model_of(settings, thoughts, run, device), torch.optim.AdamW, None
-    if settings.fast:  # the only place where fast/ comes in
+    if settings.fast:
         import fast
 
         options = settings.checkpointing, settings.compile, settings.masters

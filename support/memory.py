@@ -1,14 +1,13 @@
-"""What a training step costs, counted before it is run.
+"""The cost of a training step, counted before it is run.
 
-The step is run on PyTorch's meta device, which computes shapes but no numbers, with one and with
-two layers. Memory, operations and floating-point operations are linear in the number of layers
-(tests/support/test_memory.py), so both counts give that of the whole model.
+The step is run on PyTorch's meta device, which computes shapes but no numbers, with two and with
+three layers. Memory and operations are linear in the number of layers, so that both counts give
+that of the whole model.
 """
 
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -20,17 +19,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import Mistral, MistralConfig
+from support.device import DTYPES, free_memory
 from thoughts import QuietStar, ThoughtConfig, quiet_star_loss
 
 GIGABYTE = 1e9
-
-
-class Cost(NamedTuple):
-    """The cost of a forward and backward pass, without weights and their gradients."""
-
-    bytes: float  # peak of what is kept for the backward pass and what comes and goes
-    operations: float  # launched, views left out
-    flops: float  # floating-point operations
 
 
 class Watch(TorchDispatchMode):
@@ -76,53 +68,133 @@ def one_kernel_norm(x, shape, weight=None, eps=None):
     return F.layer_norm(x, shape, weight, None, eps)
 
 
-def step_of(
+def run_step(
     shape: MistralConfig, thoughts: ThoughtConfig, sequences: int, T: int, J: int,
-    dtype: torch.dtype, apply: Callable | None = None,
-) -> Cost:  # fmt: skip
-    """The cost of a forward and backward pass of a Quiet-STaR model, or a Mistral without thoughts.
+    dtype: torch.dtype, apply: Callable | None, watch: Callable,
+):  # fmt: skip
+    """A forward and backward pass on the meta device, under the mode watch(model), returned.
 
     sequences of T tokens at once, of which J positions think; J = 0: a language-model step.
-    apply(model) is called before: fast.apply, for example. Runs on the meta device.
+    apply(model) is called first, to use fast/ for example.
     """
-    costs = []
-    for layers in (1, 2):
-        with torch.device("meta"):
-            base = Mistral(replace(shape, num_hidden_layers=layers)).to(dtype)
-            model = QuietStar(base, thoughts)
-        if apply:
-            apply(model)
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter)  # so that later ones are added to it
-        watch, ids = Watch(model), torch.zeros(sequences, T, dtype=torch.long, device="meta")
-        with (
-            mock.patch.object(F, "scaled_dot_product_attention", one_kernel_attention),
-            mock.patch.object(F, "rms_norm", one_kernel_norm),
-            mock.patch.object(meta_config, "meta_nonzero_assume_all_nonzero", True),
-            FlopCounterMode(display=False) as flops,
-            watch,
-        ):
-            if J:
-                output = model(ids, positions=torch.arange(J))
-                counts = sequences * (T - 1), sequences * J
-                quiet_star_loss(output, thoughts, counts)[0].backward()
-                del output
-            else:
-                logits = base(ids)[:, :-1].flatten(0, 1).float()
-                F.cross_entropy(logits, ids[:, 1:].flatten()).backward()
-        costs.append(Cost(watch.peak, watch.operations, flops.get_total_flops()))
-    more = shape.num_hidden_layers - 1
-    return Cost(*(one + more * (two - one) for one, two in zip(*costs, strict=True)))
+    with torch.device("meta"):
+        base = Mistral(shape).to(dtype)
+        model = QuietStar(base, thoughts)
+    if apply:
+        apply(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)  # as in all micro-batches but the first
+    ids = torch.zeros(sequences, T, dtype=torch.long, device="meta")
+    with (
+        mock.patch.object(F, "scaled_dot_product_attention", one_kernel_attention),
+        mock.patch.object(F, "rms_norm", one_kernel_norm),
+        mock.patch.object(meta_config, "meta_nonzero_assume_all_nonzero", True),
+        watch(model) as mode,
+    ):
+        if J:
+            output, counts = model(ids, positions=torch.arange(J)), (sequences * T, sequences * J)
+            loss, _ = quiet_star_loss(output, thoughts, counts)
+            del output
+        else:
+            logits = base(ids)[:, :-1].flatten(0, 1).float()
+            loss = F.cross_entropy(logits, ids[:, 1:].flatten())
+        loss.backward()
+    return mode
 
 
-def parameter_bytes(shape: MistralConfig, thoughts: ThoughtConfig, dtype: torch.dtype, state: int):
-    """Bytes of the weights of a QuietStar, and of an optimiser's state of `state` bytes a weight.
+def of_all_layers(shape: MistralConfig, cost_of: Callable[[MistralConfig], float]) -> float:
+    """A cost that is linear in the number of layers, from models of two and of three layers."""
+    two, three = (cost_of(replace(shape, num_hidden_layers=layers)) for layers in (2, 3))
+    return two + (shape.num_hidden_layers - 2) * (three - two)
 
-    The mixing head is in float32, with a state of 8 bytes a weight.
+
+def step_bytes(shape: MistralConfig, *step) -> float:
+    """Peak of the tensors of a step, without weights and gradients. step: as for run_step.
+
+    3 % are added, since allocators round up.
     """
+    return 1.03 * of_all_layers(shape, lambda few: run_step(few, *step, Watch).peak)
+
+
+def step_operations(shape: MistralConfig, *step) -> float:
+    """Operations that a step launches, views left out. step: as for run_step."""
+    return of_all_layers(shape, lambda few: run_step(few, *step, Watch).operations)
+
+
+def step_flops(shape: MistralConfig, thoughts: ThoughtConfig, T: int, J: int) -> float:
+    """Floating-point operations of a step with one sequence; a multiply-add counts as two.
+
+    Operations that checkpointing repeats do not count, by the convention of mfu.
+    """
+    step = thoughts, 1, T, J, torch.bfloat16, None
+
+    def flops(few: MistralConfig) -> float:
+        mode = run_step(few, *step, lambda model: FlopCounterMode(display=False))
+        return mode.get_total_flops()
+
+    return of_all_layers(shape, flops)
+
+
+def memory_plan(
+    shape: MistralConfig, thoughts: ThoughtConfig, settings, apply: Callable | None
+) -> dict[str, float]:
+    """Bytes that training needs: weights, gradients, optimiser, activations, and their total.
+
+    settings: train.Settings. apply: see run_step. The optimiser keeps 8 bytes per float32 weight,
+    and 12 or 4 per bfloat16 weight, with or without float32 masters.
+    """
+    dtype, T = DTYPES[settings.dtype], settings.context
+    sequences, J = settings.micro_batch or settings.batch_size, settings.positions
     with torch.device("meta"):
         model = QuietStar(Mistral(shape).to(dtype), thoughts)
     weights = sum(p.nbytes for p in model.parameters())
-    return weights, sum(
-        p.numel() * (8 if p.dtype == torch.float32 else state) for p in model.parameters()
-    )
+    narrow = 12 if settings.masters else 4
+    J = J or T - thoughts.n_true
+    kept = step_bytes(shape, thoughts, sequences, T, J, dtype, apply)
+    state = sum(p.numel() * (8 if p.itemsize == 4 else narrow) for p in model.parameters())
+    plan = {"weights": weights, "gradients": weights, "optimiser": state, "activations": kept}
+    return plan | {"total": sum(plan.values())}
+
+
+def show_plan(plan: dict[str, float], free: float | None) -> str:
+    """A memory plan as a line, in GB."""
+    parts = ", ".join(f"{name} {size / GIGABYTE:.2f}" for name, size in plan.items())
+    has = "" if free is None else f"; the device has {free / GIGABYTE:.2f} free"
+    return f"memory plan (GB): {parts}{has}"
+
+
+LESS = [  # options of train.py that need less memory; the first ones change no result
+    ("--micro-batch 1", {"micro_batch": 1}),
+    ("--fast --checkpointing", {"fast": True, "checkpointing": True}),
+    ("--positions 32", {"positions": 32}),
+    ("--dtype bfloat16 --no-masters", {"fast": True, "dtype": "bfloat16", "masters": False}),
+]
+
+
+def advice(shape: MistralConfig, thoughts: ThoughtConfig, settings, fast_path, free: float) -> str:
+    """Options with which a step fits into `free` bytes, and what it needs then."""
+    given = []
+    for option, change in LESS:
+        change = {name: value for name, value in change.items() if getattr(settings, name) != value}
+        if not change or ((settings.positions or 33) <= 32 and "positions" in change):
+            continue
+        settings, given = replace(settings, **change), [*given, option]
+        total = memory_plan(shape, thoughts, settings, fast_path(settings))["total"]
+        if total <= free:
+            return f"{' '.join(given)} needs {total / GIGABYTE:.1f} GB"
+    return "take a smaller --context, --thought-length or model"
+
+
+def check_memory(
+    shape: MistralConfig, thoughts: ThoughtConfig, settings, fast_path, device
+) -> None:
+    """Raise ValueError, with options that fit, if a training step needs more than is free.
+
+    fast_path(settings) -> the `apply` of run_step.
+    """
+    free = free_memory(device)
+    total = memory_plan(shape, thoughts, settings, fast_path(settings))["total"]
+    if free is not None and total > free:
+        needs = f"a step needs {total / GIGABYTE:.1f} GB and {free / GIGABYTE:.1f} are free"
+        hint = advice(shape, thoughts, settings, fast_path, free)
+        raise ValueError(f"{needs} on {device}: {hint}")

@@ -7,6 +7,7 @@
     python -m tools.bench loading          a 4 GB checkpoint against reading its bytes
     python -m tools.bench loading --preset mistral-7b    14.5 GB are written, loaded and used once
     python -m tools.bench tokenizing --data FILE     a text against sentencepiece, if it is there
+    python -m tools.bench operations --preset mistral-7b    operations that a step launches
     python -m tools.bench --preset mistral-7b        twenty steps on random weights, on a GPU
 
 A step handles M = T + N J (K + A + 1) tokens. The floor of its time is M times what the same model
@@ -40,8 +41,9 @@ import fast
 import train
 from model import Mistral, MistralConfig, load_mistral
 from sample import generate, generate_steps
+from support import memory
 from support.checkpoints import dtype_that_fits
-from support.device import pick_device
+from support.device import free_memory, pick_device
 from support.files import write_json
 from support.terminal import execute, make_parser
 from support.tokenizer import load_tokenizer
@@ -87,7 +89,7 @@ class Case:
     def tokens(self) -> int:
         """M, the tokens that a step handles."""
         J = self.positions or self.T - self.A
-        return plan.Work(1, 1, self.T, J).tokens(ThoughtConfig(self.N, self.K, self.A))
+        return plan.Work(1, self.T, J).tokens(ThoughtConfig(self.N, self.K, self.A))
 
 
 CASES = (Case(64), Case(256), Case(512), Case(512, K=13, A=8))
@@ -366,15 +368,16 @@ def bench_preset(options: argparse.Namespace) -> None:
     settings = train.Settings(**train.PRESETS[options.preset])
     config = ThoughtConfig(init_id=0)
     work = plan.work_of(settings, config)
-    sizes = plan.memory_plan(MISTRAL_7B, config, work, 2, 4, settings.checkpointing)
-    print(plan.show_plan(sizes, plan.free_memory(device)))
+    sizes = memory.memory_plan(MISTRAL_7B, config, settings, train.fast_path(settings))
+    print(memory.show_plan(sizes, free_memory(device)))
     with device:
         base = Mistral(MISTRAL_7B).bfloat16()
     model = QuietStar(base, config)
     AdamW = fast.apply(model, settings.checkpointing, settings.compile, settings.masters)
     optimizer = train.make_optimizer(model, settings, AdamW)
     peak, generator = plan.peak_flops(device, torch.bfloat16), torch.Generator().manual_seed(0)
-    flops, positions = plan.step_flops(MISTRAL_7B, config, work), torch.arange(work.J)
+    flops = work.batch * memory.step_flops(MISTRAL_7B, config, work.T, work.J)
+    positions = torch.arange(work.J)
     for step in range(options.steps):
         ids = torch.randint(MISTRAL_7B.vocab_size, (work.batch, work.T), generator=generator)
         ids, mask = ids.to(device), torch.ones_like(ids, device=device) > 0
@@ -397,7 +400,33 @@ def bench_preset(options: argparse.Namespace) -> None:
         )
 
 
+def count_operations(shape: MistralConfig, thoughts: ThoughtConfig, T: int) -> dict[str, float]:
+    """Operations of a step with one sequence on the path of a GPU, forward and backward.
+
+    Views are left out. RMSNorm and the attention of the text count as one operation, as on CUDA.
+    """
+    step, dtype = (shape, thoughts, 1, T), torch.bfloat16
+    J, checkpointing = T - thoughts.n_true, partial(fast.apply, checkpointing=True)
+    return {
+        "language-model step": memory.step_operations(*step, 0, dtype, None),
+        "plain": memory.step_operations(*step, J, dtype, None),
+        "fast": memory.step_operations(*step, J, dtype, fast.apply),
+        "fast, checkpointing": memory.step_operations(*step, J, dtype, checkpointing),
+    }
+
+
+def bench_operations(options: argparse.Namespace) -> None:
+    """Operations that a step launches. A GPU waits if they are shorter than a launch takes."""
+    shape = MISTRAL_7B if options.preset else SMALL
+    given = {"thought_length": options.thought_length, "n_true": options.n_true}
+    thoughts = ThoughtConfig(**{name: value for name, value in given.items() if value is not None})
+    print(f"{'path':24}operations   at 10 us a launch")
+    for path, count in count_operations(shape, thoughts, options.context or 256).items():
+        print(f"{path:24}{count:10.0f}   {1e-5 * count:12.2f} s")
+
+
 BENCHES = {
+    "operations": bench_operations,
     "steps": bench_steps,
     "tricks": bench_tricks,
     "generation": bench_generation,
@@ -410,7 +439,9 @@ def run(options: argparse.Namespace) -> None:
     """Run the chosen benchmark."""
     if options.threads:
         torch.set_num_threads(options.threads)
-    at_scale = {"steps": bench_preset, "loading": bench_loading_preset}
+    at_scale = {
+        "steps": bench_preset, "loading": bench_loading_preset, "operations": bench_operations
+    }  # fmt: skip
     if options.preset and options.what not in at_scale:
         raise ValueError(f"--preset is for {' and '.join(at_scale)}, not for {options.what}")
     (at_scale if options.preset else BENCHES)[options.what](options)
