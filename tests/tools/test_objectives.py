@@ -1,4 +1,4 @@
-"""Objectives of the same family, on numbers worked out by hand; and the controls' thoughts."""
+"""Other objectives on numbers worked out by hand, and the thoughts of the controls."""
 
 import math
 from dataclasses import replace
@@ -53,19 +53,20 @@ ALL = [
 
 
 @pytest.mark.parametrize(
-    ("objective", "output", "policy"),
+    ("objective", "output", "policy", "r"),
     [
         # r = 2, 1, -3 and 1, 0, -1; thought n of 6 has log p = -n
-        (objectives.all_advantages, output_of(), (2 + 2 - 9 + 4 - 0 - 6) / 6),
+        (objectives.all_advantages, output_of(), (2 + 2 - 9 + 4 - 0 - 6) / 6, 0),
         # b = -3.5 and -1.25: r = 1.5, 0.5, -3.5 and 0.25, -0.75, -1.75
-        (objectives.base_as_baseline, output_of(), (1.5 + 2 * 0.5 + 4 * 0.25) / 6),
+        (objectives.base_as_baseline, output_of(), (1.5 + 2 * 0.5 + 4 * 0.25) / 6, 2.25),
         # r = 1/6, -1/12, -1/12 and -1/8, -1/8, 1/4
-        (objectives.probability_reward, with_probabilities(), (1 / 6 + 6 / 4) / 6),
+        (objectives.probability_reward, with_probabilities(), (1 / 6 + 6 / 4) / 6, 1 / 6 + 1 / 4),
     ],
 )
-def test_another_advantage(objective, output, policy):
-    """The language losses stay; the policy loss is the mean of -r log p."""
+def test_another_advantage(objective, output, policy, r):
+    """The language losses stay; policy loss: mean of -r log p; reward: mean of the r it used."""
     loss, metrics = objective(output, CONFIG)
+    assert metrics["reward"].item() == pytest.approx(r / 6, abs=1e-6)
     assert metrics["policy_loss"].item() == pytest.approx(policy, rel=1e-5)
     assert loss.item() == pytest.approx(language(output) + 10 * policy, rel=1e-5)
     assert metrics["loss"].item() == loss.item()
@@ -113,7 +114,7 @@ def test_gradient_of_log_mean():
 
 
 @pytest.mark.parametrize("objective", [objectives.probability_reward, objectives.rlp])
-def test_a_lone_thought_has_no_siblings(objective):
+def test_a_lone_thought_cannot_be_compared(objective):
     with pytest.raises(ValueError, match="n_thoughts is 1"):
         objective(output_of(), replace(CONFIG, n_thoughts=1))
 
@@ -126,6 +127,13 @@ def test_no_valid_position_is_no_loss():
     for objective in ALL:
         loss, _ = objective(output._replace(target_mask=mask), CONFIG)
         assert loss.isfinite(), objective
+
+
+def test_the_share_of_positions_with_a_reward():
+    """S = -2 and -1 against b = -3.5 and -1; the second text has no reward other than 0."""
+    output = output_of(torch.tensor([1.0, 0.5]).view(1, 2, 1, 1).expand(2, 2, 3, 1))
+    output = output._replace(base_nll=torch.tensor([[9.0, 1.5, 2.0, 9.0], [9.0, 0.5, 0.5, 9.0]]))
+    assert objectives.base_as_baseline(output, CONFIG)[1]["rewarded"] == 0.5
 
 
 def test_log_mean():
@@ -143,6 +151,7 @@ def test_log_mean():
 def test_rlp():
     """1.5 times r = 2, 1, -3 and 1, 0, -1, and no language loss."""
     loss, metrics = objectives.rlp(output_of(), CONFIG)
+    assert metrics["reward"] == 0
     policy = 1.5 * (2 + 2 - 9 + 4 - 0 - 6) / 6
     assert metrics["policy_loss"].item() == pytest.approx(policy, rel=1e-5)
     assert loss.item() == pytest.approx(10 * policy, rel=1e-5)
