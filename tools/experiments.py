@@ -211,6 +211,12 @@ class Job(NamedTuple):
 # ---------------------------------------------------------------------------------------- the runs
 
 
+def train_run(options: dict, run: Path, device: torch.device, loss: Callable, look=None):
+    """Train with options of train.py in the folder of a run, or continue it. Returns the model."""
+    print(f"run {run} on {device}")
+    return train.train_thoughts(*train.make_settings(options), run, device, loss, look=look)
+
+
 def perform(job: Job) -> Job:
     """Train, evaluate, and write the result."""
     began, run, device = time.perf_counter(), job.model().parent, torch.device("cpu")
