@@ -277,9 +277,6 @@ def report(found: dict[str, list[dict]], thoughts: str) -> str:
     return "\n\n".join([*parts, thoughts]) + "\n"
 
 
-# -------------------------------------------------------------------------------- the command line
-
-
 def prepare(options: argparse.Namespace, out: Path) -> tuple[dict, Tokens]:
     """Options of train.py for all runs, and the held-out tokens. Writes both parts of the text.
 

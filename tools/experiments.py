@@ -323,9 +323,6 @@ def show_tables(results: dict[str, list[dict]]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-# -------------------------------------------------------------------------------- the command line
-
-
 def run(options: argparse.Namespace) -> None:
     """Run the chosen experiments that are not finished, and print the tables of all that are."""
     out = Path(options.out)

@@ -4,21 +4,15 @@
         log-mean probability rlp pause none
 
 An objective is a function (output, config, counts) -> loss, metrics of a thoughts.Output, like
-thoughts.quiet_star_loss. To add one, write it here and add an entry to EXPERIMENTS and TABLES in
+quiet_star_loss. To add one, write it here and add an entry to EXPERIMENTS and TABLES in
 tools/experiments.py. With the letters of thoughts.py, for the N thoughts of a position:
 
     S_n = sum_a log p_talk_{j,a}(x_{j+1+a})    log-likelihood of the next A tokens after thought n
     b   = the same without a thought
     r_n = advantage, a constant: L_REINFORCE is the mean of - r_n log p(thought n)
 
-    Quiet-STaR         r_n = S_n - mean S, negatives dropped; L_NLL = - mean_n S_n / A
-    all advantages     negatives kept
-    base as baseline   r_n = S_n - b for any N, negatives dropped
-    log mean           L_NLL = - log mean_n exp(S_n) / A
-    probability        r_n = exp(S_n) - mean exp(S), negatives dropped
-    RLP                r_n = N / (N - 1) (S_n - mean S), and no L_base, no L_NLL; w = 0, A = 1
-
-A docstring names what its source does otherwise. All functions here are for train.train_thoughts.
+Quiet-STaR has r_n = S_n - mean S without negatives, and L_NLL = - mean_n S_n / A. A docstring says
+what differs from this, and after "Ours" what differs from the source.
 """
 
 import math
@@ -29,18 +23,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+import thoughts
 import train
-from thoughts import (
-    Output,
-    QuietStar,
-    ThoughtConfig,
-    base_ahead,
-    count_targets,
-    log_likelihood,
-    quiet_star_loss,
-    reward,
-    valid_mean,
-)
+from thoughts import Output, QuietStar, ThoughtConfig, log_likelihood, valid_mean
 
 Loss = tuple[Tensor, dict[str, Tensor]]
 Counts = tuple[int, int] | None
@@ -49,15 +34,10 @@ Counts = tuple[int, int] | None
 # ----------------------------------------------------------------------------------- objectives
 
 
-def reinforce(
-    r: Tensor, output: Output, config: ThoughtConfig, counts: Counts, language: bool = True
-) -> Loss:
-    """REINFORCE with advantages r [B, N, J], after the config's dropping of negative ones.
-
-    language: whether Quiet-STaR's language losses are added.
-    """
-    counts = counts or count_targets(output.target_mask, output.positions, config.n_true)
-    loss, metrics = quiet_star_loss(output, replace(config, policy_weight=0.0), counts)
+def reinforce(r: Tensor, output: Output, config: ThoughtConfig, counts, language=True) -> Loss:
+    """Quiet-STaR's loss with other advantages r [B, N, J]; language: with its language losses."""
+    counts = counts or thoughts.count_targets(output.target_mask, output.positions, config.n_true)
+    loss, metrics = thoughts.quiet_star_loss(output, replace(config, policy_weight=0.0), counts)
     r = (r.clamp(min=0) if config.drop_negative else r).detach()
     L_REINFORCE = valid_mean(-r * output.thought_logp.sum(-1), output, counts)
     loss = config.reinforce_weight * L_REINFORCE + (loss if language else 0)
@@ -71,23 +51,23 @@ def reinforce(
 
 
 def check_several(config: ThoughtConfig) -> None:
-    """Raise ValueError for N = 1, where a thought cannot be compared with others."""
+    """Raise ValueError if N = 1."""
     if config.n_thoughts < 2:
         raise ValueError("n_thoughts is 1; this objective compares thoughts and needs at least 2")
 
 
 def all_advantages(output: Output, config: ThoughtConfig, counts: Counts = None) -> Loss:
-    """Quiet-STaR with negative advantages: a thought worse than the mean becomes less likely.
+    """Negative advantages are kept: a thought worse than the mean becomes less likely.
 
     RGRA (arXiv 2603.18756) finds that learning only from better thoughts limits a model. Ours: only
     this part of it.
     """
-    return quiet_star_loss(output, replace(config, drop_negative=False), counts)
+    return thoughts.quiet_star_loss(output, replace(config, drop_negative=False), counts)
 
 
 def base_as_baseline(output: Output, config: ThoughtConfig, counts: Counts = None) -> Loss:
     """r_n = S_n - b: the information gained by a thought. Quiet-STaR has it for N = 1 only."""
-    base_nll = base_ahead(output.base_nll, output.positions, output.valid)  # [A, B, 1, J]
+    base_nll = thoughts.base_ahead(output.base_nll, output.positions, output.valid)  # [A, B, 1, J]
     r = log_likelihood(output.talk_nll) - log_likelihood(base_nll)  # [B, N, J]
     return reinforce(r, output, config, counts)
 
@@ -99,11 +79,11 @@ def log_mean(output: Output, config: ThoughtConfig, counts: Counts = None) -> Lo
     JEPO's advantage is the log mean of all N minus the log mean of the others. The metric talk_nll
     stays - mean_n S_n / A, so that runs can be compared.
     """
-    loss, metrics = quiet_star_loss(output, config, counts)
+    loss, metrics = thoughts.quiet_star_loss(output, config, counts)
     S = log_likelihood(output.talk_nll)  # [B, N, J]
     log_mean_exp = S.logsumexp(1, keepdim=True) - math.log(S.shape[1])  # [B, 1, J]
     tighter = S.mean(1, keepdim=True) - log_mean_exp  # at most 0 (Jensen)
-    counts = counts or count_targets(output.target_mask, output.positions, config.n_true)
+    counts = counts or thoughts.count_targets(output.target_mask, output.positions, config.n_true)
     loss = loss + (1 - config.base_weight) * valid_mean(tighter / config.n_true, output, counts)
     return loss, metrics | {"loss": loss.detach()}
 
@@ -111,10 +91,9 @@ def log_mean(output: Output, config: ThoughtConfig, counts: Counts = None) -> Lo
 def probability_reward(output: Output, config: ThoughtConfig, counts: Counts = None) -> Loss:
     """r_n = exp(S_n) - mean exp(S), N > 1: from the probability of the next tokens, not its log.
 
-    VeriFree (arXiv 2505.21493). A rise from 0.01 to 0.02 counts less than one from 0.4 to 0.8.
-    Ours: the language losses of Quiet-STaR, where VeriFree weights log p of the answer by exp(S_n);
-    the mean over all N, negatives dropped, where VeriFree takes the mean over the other N - 1 and
-    keeps all advantages.
+    VeriFree (arXiv 2505.21493). Ours: Quiet-STaR's language losses, where VeriFree weights log p of
+    the answer by exp(S_n); the mean over all N and no negatives, where VeriFree takes the mean over
+    the other N - 1 and keeps all advantages.
     """
     check_several(config)
     p = log_likelihood(output.talk_nll).exp()  # [B, N, J]
@@ -131,7 +110,11 @@ def rlp(output: Output, config: ThoughtConfig, counts: Counts = None) -> Loss:
     """
     check_several(config)
     N = config.n_thoughts
-    r = N / (N - 1) * reward(output.talk_nll, output.base_nll, output.positions, output.valid)
+    r = (
+        N
+        / (N - 1)
+        * thoughts.reward(output.talk_nll, output.base_nll, output.positions, output.valid)
+    )
     return reinforce(r, output, replace(config, drop_negative=False), counts, language=False)
 
 
@@ -176,7 +159,7 @@ def forced_loss(make: Callable, model: QuietStar, ids, targets, positions, count
     shape = (len(ids), model.config.n_thoughts, len(positions), model.config.thought_length)
     output = model(ids, make(shape, generator=generator).to(ids.device), positions, targets)
     output = output._replace(thought_logp=torch.zeros_like(output.thought_logp))
-    return quiet_star_loss(output, model.config, counts)
+    return thoughts.quiet_star_loss(output, model.config, counts)
 
 
 # --------------------------------------------------------------------------------- initial models

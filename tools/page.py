@@ -234,9 +234,6 @@ def render(
     )
 
 
-# ------------------------------------------------------------------------------ the command line
-
-
 def run(options: argparse.Namespace) -> None:
     """Let a model think about a text, and write the page."""
     out = Path(options.html)

@@ -48,7 +48,8 @@ from support.terminal import execute, make_parser, show_status
 from support.text import MANIFEST, text_of, tokenize, version
 from support.tokenizer import load_tokenizer
 
-CHUNK = 2**20  # bytes per read, and the approximate number of characters per task of a worker
+CHUNK = 2**16  # characters of a long document that are read at once
+TASK = 16  # documents or parts of documents that a worker encodes at once
 ARRAYS = ("tokens.bin", "is_target.bin")
 NEEDS = {".zst": "zstandard", ".parquet": "pyarrow"}  # optional packages
 
@@ -88,8 +89,6 @@ def find_files(sources: list[str], out: Path) -> list[Path]:
     files: list[Path] = []
     for source in sources:
         path = Path(source)
-        if source == "-":
-            raise ValueError("- (standard input) cannot be read; write the text to a file first")
         if path.is_dir():
             if out.resolve().is_relative_to(path.resolve()):
                 raise ValueError(f"--out {out} is inside {path}, a source; give another folder")
@@ -120,7 +119,7 @@ class Reader:
 
         Raises ValueError for a damaged file, and for a flaw if strict.
         """
-        codecs.register_error("count", self.replace)
+        codecs.register_error("count", lambda error: (self.count("no_utf8") or "\ufffd", error.end))
         done = 0
         for self.path in files:
             self.here, size = {}, self.path.stat().st_size
@@ -145,16 +144,11 @@ class Reader:
             entry = self.here.setdefault(kind, [0, f", first in line {line}" if line else ""])
             entry[0] += number
 
-    def replace(self, error: UnicodeError) -> tuple[str, int]:
-        """The handler of decoding errors."""
-        self.count("no_utf8")
-        return "\ufffd", error.end
-
     def pieces(self, raw: BinaryIO) -> Iterator[Piece]:
         """The pieces of a file. Its name decides how it is read."""
         suffix, inner = self.path.suffix.lower(), Path(self.path.stem).suffix.lower()
         if suffix == ".parquet":
-            yield from self.documents(enumerate(rows(raw, self.fields), 1))
+            yield from self.documents(rows(raw, self.fields))
             return
         stream = gzip.GzipFile(fileobj=raw) if suffix == ".gz" else raw
         stream = io.BufferedReader(Unpacked(raw), CHUNK) if suffix == ".zst" else stream
@@ -166,27 +160,22 @@ class Reader:
         elif start.removeprefix(mark).lstrip().startswith(b"["):
             raise OSError("it is a JSON array; write one object per line (jq -c '.[]')")
         else:
-            yield from self.documents(self.objects(text))
+            yield from self.documents(text)
         self.count("line_ends", number=text.newlines not in (None, "\n"))
 
-    def objects(self, lines: Iterable[str]) -> Iterator[tuple[int, dict]]:
-        """The objects in JSON lines, with their line numbers."""
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    yield number, json_object(line, "")
-                except ValueError:
-                    self.count("no_json", number)
-
-    def documents(self, records: Iterator[tuple[int, dict]]) -> Iterator[Piece]:
-        """The texts of numbered records. Records without text are skipped and counted."""
-        for number, record in records:
+    def documents(self, records: Iterable[str | dict]) -> Iterator[Piece]:
+        """The texts of JSON lines or rows. Records without text are skipped and counted."""
+        for number, record in enumerate(records, 1):
+            flaw = "no_json"
             try:
+                record = json_object(record, "") if isinstance(record, str) else record
+                flaw = "no_text"
                 parts = [text_of(record, "", field) for field in self.fields or [None]]
             except ValueError:
-                self.count("no_text", number)
-                continue
-            yield Piece("\n".join(parts))
+                if not str(record).isspace():
+                    self.count(flaw, number)
+            else:
+                yield Piece("\n".join(parts))
 
 
 class Unpacked(io.RawIOBase):
@@ -262,36 +251,23 @@ def check_workers(workers: int) -> None:
 
 
 def start_worker() -> None:
-    """Set up a worker: one thread, Ctrl-C left to the parent, exit when the parent ends."""
+    """Set up a worker: one thread, Ctrl-C is left to the parent, and it ends with the parent."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     watch = threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True)
     watch.start()
 
 
-def encode(tokenizer_file: str, pieces: list[Piece]) -> tuple[np.ndarray, np.ndarray]:
+def encode(tokenizer_file: str, task: list[tuple[Piece, int]]) -> tuple[np.ndarray, np.ndarray]:
     """ids and target mask [tokens] of pieces, equal to those of the whole documents."""
     tokenizer, parts = load_once(tokenizer_file), []
     front = len(tokenizer.encode(LETTER, bos=tokenizer.adds_bos))
-    for text, begins, ends in pieces:
+    for (text, begins, ends), _ in task:
         tokens = tokenize([text if begins else LETTER + text], tokenizer)
         part = slice(0 if begins else front, None if ends or tokenizer.eos_id is None else -1)
         parts.append((tokens.ids[part], tokens.is_target[part]))
     ids, is_target = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
     return ids.astype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32), is_target
-
-
-def batches(pieces: Iterator[tuple[Piece, int]]) -> Iterator[tuple[list[Piece], int]]:
-    """Lists of pieces with about CHUNK characters, each with the number of bytes read so far."""
-    batch, length, done = [], 0, 0
-    for piece, done in pieces:
-        batch.append(piece)
-        length += len(piece.text)
-        if length >= CHUNK:
-            yield batch, done
-            batch, length = [], 0
-    if batch:
-        yield batch, done
 
 
 def write_tokens(
@@ -308,9 +284,10 @@ def write_tokens(
         paths[0].open("wb") as ids_file,
         paths[1].open("wb") as target_file,
     ):
-        work = batches(reader.read(files))
-        work = ((pool.submit(encode, tokenizer_file, batch), done) for batch, done in work)
-        waiting = deque(islice(work, 2 * workers))
+        pieces = reader.read(files)
+        tasks = iter(lambda: [*islice(pieces, TASK)], [])
+        work = ((pool.submit(encode, tokenizer_file, task), task[-1][1]) for task in tasks)
+        waiting = deque(islice(work, 4 * workers))
         while waiting:
             future, done = waiting.popleft()
             waiting.extend(islice(work, 1))
@@ -323,15 +300,17 @@ def write_tokens(
             show_status(line, done, total, sys.stderr)
     if not tokens:
         raise ValueError(f"no text in {len(files)} files; skipped: {dict(reader.flaws)}")
-    sums = {}
-    for path in paths:
-        with path.open("rb") as file:
-            sums[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     counts = {"documents": documents, "tokens": tokens, "flaws": dict(reader.flaws)}
-    return {"dtype": ids.dtype.name, **counts, "sha256": sums}
+    return {"dtype": ids.dtype.name, **counts, "sha256": checksums(folder)}
 
 
-# ------------------------------------------------------------------------------ the command line
+def checksums(folder: Path) -> dict[str, str]:
+    """{name: SHA-256} of the ARRAYS in a folder."""
+    found = {}
+    for name in ARRAYS:
+        with (folder / name).open("rb") as file:
+            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def difference(found: dict, wanted: dict) -> str | None:
@@ -362,7 +341,8 @@ def run(options: argparse.Namespace) -> None:
         if folder.exists() and not {x.name for x in folder.iterdir()} <= {*ARRAYS, MANIFEST}:
             raise ValueError(f"{folder} holds other files than prepared text; give another --out")
     if (out / MANIFEST).exists() and not options.rebuild:
-        if changed := difference(read_json(out / MANIFEST), wanted):
+        found = read_json(out / MANIFEST)
+        if changed := difference(found, wanted) or difference(found, {"sha256": checksums(out)}):
             raise ValueError(f"{out} holds other text: {changed}; --rebuild replaces it")
         print(f"{out} is up to date")
         return

@@ -14,18 +14,11 @@ import copy
 import torch
 from torch import Tensor
 
+import thoughts
 from support.checkpoints import load
 from support.terminal import execute, make_parser
 from support.tokenizer import Tokenizer
-from thoughts import (
-    Output,
-    QuietStar,
-    base_ahead,
-    log_likelihood,
-    quiet_star_loss,
-    reward,
-    thought_mask,
-)
+from thoughts import Output, QuietStar, log_likelihood
 
 TEXT = "000021=0\n021102=0\n"  # of the built-in corpus; the second puzzle is held out
 PARTS = (
@@ -47,7 +40,7 @@ def most_helped(model: QuietStar, ids: Tensor) -> int:
     output = model(ids, temperature=0)
     if not (model.model(ids).isfinite().all() and output.talk_nll.isfinite().all()):
         raise ValueError("the logits are not finite: the weights are broken")
-    base_nll = base_ahead(output.base_nll, output.positions, output.valid)  # [A, 1, 1, J]
+    base_nll = thoughts.base_ahead(output.base_nll, output.positions, output.valid)  # [A, 1, 1, J]
     gain = log_likelihood(output.talk_nll) - log_likelihood(base_nll)  # [1, N, J]
     return int(output.positions[gain[0, 0].argmax()])
 
@@ -59,21 +52,20 @@ def thoughts_alone(model: QuietStar, ids: Tensor, output: Output) -> Tensor:
     return unmixed(ids, output.thought_ids, output.positions).talk_nll
 
 
-def draw_mask(model: QuietStar, ids: Tensor, j: int, spell) -> list[str]:
+def print_mask(model: QuietStar, ids: Tensor, j: int, spell) -> None:
     """Figure 3 of the paper for one thought: a row for every step, # for a key that it sees."""
     T, K, A = ids.shape[1], model.config.thought_length, model.config.n_true
     names = ["start", *(f"t_{k}" for k in range(1, K + 1)), "end"]
     names += [f"x_{j + a} {spell(ids[0, j + a])}" for a in range(1, A)]
     steps, window = range(1, K + A + 2), model.model.config.sliding_window
-    [visible] = thought_mask(torch.tensor([j]), steps, T, window).tolist()
-    lines = [f"{'':18}{''.join(spell(token)[0] for token in ids[0])} | steps 1 .. {steps[-1]}"]
+    [visible] = thoughts.thought_mask(torch.tensor([j]), steps, T, window).tolist()
+    print(f"{'':18}{''.join(spell(token)[0] for token in ids[0])} | steps 1 .. {steps[-1]}")
     for step, name, row in zip(steps, names, visible, strict=True):
         keys = "".join(".#"[seen] for seen in row)
-        lines.append(f"{step:4}  {name:12}{keys[:T]} | {keys[T : T + step]}")
-    return lines
+        print(f"{step:4}  {name:12}{keys[:T]} | {keys[T : T + step]}")
 
 
-def gradients(model: QuietStar, losses: dict[str, Tensor]) -> list[str]:
+def print_gradients(model: QuietStar, losses: dict[str, Tensor]) -> None:
     """A table of the gradient norm of each loss in each of the PARTS of the model."""
     named, columns = dict(model.named_parameters()), []  # a tied head is there as embed_tokens
     for loss in losses.values():
@@ -81,19 +73,18 @@ def gradients(model: QuietStar, losses: dict[str, Tensor]) -> list[str]:
         if loss.requires_grad:  # REINFORCE does not with K = 0
             found = torch.autograd.grad(loss, named.values(), retain_graph=True, allow_unused=True)
         columns.append(dict(zip(named, found, strict=True)))
-    lines = [f"{'':16}" + "".join(f"{name:>14}" for name in losses)]
+    print(f"{'':20}" + "".join(f"{name:>14}" for name in losses))
     for part in PARTS:
-        line = f"{part:16}"
+        line = f"    {part:16}"
         for column in columns:
             grads = [g for n, g in column.items() if part in n.split(".") and g is not None]
             norm = torch.stack([g.norm() for g in grads]).norm().item() if grads else 0
             line += f"{norm:14.6f}" if norm else f"{'-':>14}"
-        lines.append(line)
-    return lines
+        print(line)
 
 
-def walk(model: QuietStar, tokenizer: Tokenizer, ids: Tensor, j: int, seed: int) -> str:
-    """All six steps, as text, for thoughts sampled after position j of ids [1, T]."""
+def walk(model: QuietStar, tokenizer: Tokenizer, ids: Tensor, j: int, seed: int) -> None:
+    """Print all six steps for thoughts sampled after position j of ids [1, T]."""
     config, T = model.config, ids.shape[1]
     N, K, A = config.n_thoughts, config.thought_length, config.n_true
 
@@ -103,55 +94,54 @@ def walk(model: QuietStar, tokenizer: Tokenizer, ids: Tensor, j: int, seed: int)
     output = model(ids, positions=torch.tensor([j]), generator=torch.Generator().manual_seed(seed))
     base_nll, talk_nll = output.base_nll[0, j : j + A], output.talk_nll[:, 0, :, 0]  # [A], [A, N]
     targets = "  ".join(f"x_{j + 1 + a} = {spell(ids[0, j + 1 + a])}" for a in range(A))
-    lines = [
-        "1 base: the model reads the text once and predicts every next token",
-        f"    x_0 .. x_{T - 1}    {tokenizer.spell(ids[0].tolist())!r}",
-        f"    j = {j}, after {spell(ids[0, j])!r}; the next tokens: {targets}",
-        f"    p_init of these      {probabilities(base_nll)}",
-        "",
-        f"2 think: after x_0 .. x_{j}, start, N = {N} thoughts of K = {K} tokens are sampled;",
-        "  a step sees the text up to j and its own thought so far (thought_mask, Figure 3);",
-        f"  p of tokens is that of REINFORCE, at temperature {config.reinforce_temperature:g}",
-        *draw_mask(model, ids, j, spell),
-    ]
+    print("1 base: the model reads the text once and predicts every next token")
+    print(f"    x_0 .. x_{T - 1}    {tokenizer.spell(ids[0].tolist())!r}")
+    print(f"    j = {j}, after {spell(ids[0, j])!r}; the next tokens: {targets}")
+    print(f"    p_init of these      {probabilities(base_nll)}")
+
+    print(f"\n2 think: after x_0 .. x_{j}, start, N = {N} thoughts of K = {K} tokens are sampled;")
+    print("  a step sees the text up to j and its own thought so far (thought_mask, Figure 3);")
+    print(f"  p of tokens is that of REINFORCE, at temperature {config.reinforce_temperature:g}")
+    print_mask(model, ids, j, spell)
     for n in range(N):
         thought, logp = output.thought_ids[0, n, 0], output.thought_logp[0, n, 0]
-        text = tokenizer.spell(thought.tolist())
-        lines.append(f"    thought {n + 1}  {text!r}  log p = {logp.sum():.4f}")
-        lines.append(f"      p of each token    {probabilities(-logp)}")
-    lines += ["", f"3 talk: end and the true tokens are read, and A = {A} tokens predicted"]
-    alone = thoughts_alone(model, ids, output)[:, 0, :, 0]  # [A, N]
-    lines += [f"    p_thought {n + 1}          {probabilities(alone[:, n])}" for n in range(N)]
-    lines += ["", "4 mix: log p_talk = w log p_init + (1 - w) log p_thought, normalised"]
+        print(
+            f"    thought {n + 1}  {tokenizer.spell(thought.tolist())!r}  log p = {logp.sum():.4f}"
+        )
+        print(f"      p of each token    {probabilities(-logp)}")
+
+    print(f"\n3 talk: end and the true tokens are read, and A = {A} tokens predicted")
+    for n, nll in enumerate(thoughts_alone(model, ids, output)[:, 0, :, 0].T):
+        print(f"    p_thought {n + 1}          {probabilities(nll)}")
+
+    print("\n4 mix: log p_talk = w log p_init + (1 - w) log p_thought, normalised")
     for n in range(N):
         w = "  ".join(f"{weight:.4f}" for weight in output.weight[:, 0, n, 0].tolist())
-        lines.append(f"    w {n + 1}                  {w}")
-        lines.append(f"    p_talk {n + 1}             {probabilities(talk_nll[:, n])}")
-    return "\n".join(lines + reward_and_loss(model, output, base_nll))
+        print(f"    w {n + 1}                  {w}")
+        print(f"    p_talk {n + 1}             {probabilities(talk_nll[:, n])}")
+    print_reward_and_loss(model, output, base_nll)
 
 
-def reward_and_loss(model: QuietStar, output: Output, base_nll: Tensor) -> list[str]:
-    """Steps 5 and 6. base_nll [A]: that of the targets without a thought."""
+def print_reward_and_loss(model: QuietStar, output: Output, base_nll: Tensor) -> None:
+    """Print steps 5 and 6. base_nll [A]: nll of the targets without a thought."""
     config, N = model.config, model.config.n_thoughts
     minus = "its mean over N" if N > 1 else "R without a thought, since N = 1"
-    lines = ["", f"5 reward: R = sum of log p_talk over the A tokens, r = R minus {minus}"]
-    lines.append(f"    without a thought    R = {log_likelihood(base_nll):.4f}")
-    r = reward(output.talk_nll, output.base_nll, output.positions, output.valid)[0, :, 0]  # [N]
-    for n, R in enumerate(log_likelihood(output.talk_nll)[0, :, 0].tolist()):
+    print(f"\n5 reward: R = sum of log p_talk over the A tokens, r = R minus {minus}")
+    print(f"    without a thought    R = {log_likelihood(base_nll):.4f}")
+    _, logp, every_nll, talk_nll, _, valid, positions, _ = output
+    r = thoughts.reward(talk_nll, every_nll, positions, valid)[0, :, 0]  # [N]
+    for n, R in enumerate(log_likelihood(talk_nll)[0, :, 0].tolist()):
         dropped = "  (negative: dropped)" if config.drop_negative and r[n] < 0 else ""
-        lines.append(f"    thought {n + 1}            R = {R:.4f}  r = {r[n]:+.4f}{dropped}")
-    loss, _ = quiet_star_loss(output, config)
-    c, weight = config.base_weight, config.reinforce_weight
+        print(f"    thought {n + 1}            R = {R:.4f}  r = {r[n]:+.4f}{dropped}")
     r = r.clamp(min=0) if config.drop_negative else r
-    terms = {
-        "L_base": output.base_nll.mean(),
-        "L_NLL": output.talk_nll.mean(),
-        "L_REINFORCE": -(r * output.thought_logp[0, :, 0].sum(-1)).mean(),
-    }
-    values = "  ".join(f"{name} = {value:.4f}" for name, value in terms.items())
-    total = f"{c:g} L_base + {1 - c:g} L_NLL + {weight:g} L_REINFORCE = {loss:.4f}"
-    lines += ["", f"6 loss: {values}", f"    L = {total}", "    gradient norms:"]
-    return [*lines, *(f"    {line}" for line in gradients(model, terms))]
+    L_REINFORCE = -(r * logp[0, :, 0].sum(-1)).mean()
+    terms = {"L_base": every_nll.mean(), "L_NLL": talk_nll.mean(), "L_REINFORCE": L_REINFORCE}
+    loss, _ = thoughts.quiet_star_loss(output, config)
+    c, weight = config.base_weight, config.reinforce_weight
+    print("\n6 loss: " + "  ".join(f"{name} = {value:.4f}" for name, value in terms.items()))
+    print(f"    L = {c:g} L_base + {1 - c:g} L_NLL + {weight:g} L_REINFORCE = {loss:.4f}")
+    print("    gradient norms:")
+    print_gradients(model, terms)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -169,8 +159,9 @@ def run(options: argparse.Namespace) -> None:
             f"0 .. {last}, because {model.config.n_true} tokens (n_true) must follow"
         )
     best = most_helped(model, ids)
-    j = best if options.position is None else options.position
-    print(walk(model, tokenizer, ids, j, options.seed))
+    walk(
+        model, tokenizer, ids, best if options.position is None else options.position, options.seed
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:

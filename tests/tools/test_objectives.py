@@ -9,7 +9,14 @@ from test_reward import BASE_NLL, POSITIONS, TALK_NLL, VALID
 from tiny import random_ids, tiny_quiet_star
 
 import train
-from thoughts import Output, ThoughtConfig, count_targets, load_quiet_star, save_quiet_star
+from thoughts import (
+    Output,
+    ThoughtConfig,
+    count_targets,
+    load_quiet_star,
+    quiet_star_loss,
+    save_quiet_star,
+)
 from tools import objectives
 
 # B = 2, N = 3: S = -2, -3, -7 and -1, -2, -3 in test_reward; here exp(S) is
@@ -140,7 +147,7 @@ def test_log_mean():
     """- (log 1/3 + log 1/4) / 2 over A = 2 tokens; REINFORCE stays Quiet-STaR's."""
     output = with_probabilities()
     loss, metrics = objectives.log_mean(output, CONFIG)
-    quiet_star, expected = objectives.quiet_star_loss(output, CONFIG)
+    quiet_star, expected = quiet_star_loss(output, CONFIG)
     L_NLL = (math.log(3) + math.log(4)) / 2 / 2
     rest = quiet_star.item() - 0.75 * output.talk_nll.mean().item()
     assert loss.item() == pytest.approx(rest + 0.75 * L_NLL, rel=1e-5)
@@ -232,7 +239,9 @@ def test_thoughts_are_sampled_at_the_temperature_given():
 def test_forced_thoughts(monkeypatch, loss_of, tokens):
     """2 sequences, 3 thoughts of 3 tokens at 40 positions, 23 tokens in the vocabulary."""
     model, ids, positions = tiny_quiet_star(), random_ids(2, 42), torch.arange(40)
-    monkeypatch.setattr(objectives, "quiet_star_loss", lambda output, config, counts: output)
+    monkeypatch.setattr(
+        objectives.thoughts, "quiet_star_loss", lambda output, config, counts: output
+    )
     generator = torch.Generator().manual_seed(3)
     targets = torch.ones_like(ids) > 0
     thoughts = loss_of(model, ids, targets, positions, (82, 80), generator).thought_ids

@@ -308,7 +308,7 @@ def test_bad_input(tmp_path, capsys, in_place):
     (tmp_path / "array.json").write_bytes(b'\xef\xbb\xbf\n [{"text": "one"}]')
     (tmp_path / "cut.gz").write_bytes(gzip.compress(b"one two")[:-4])
     for source, message in (
-        ("-", "standard input"),
+        ("-", "there is no such file"),
         (tmp_path / "nowhere.txt", "there is no such file"),
         (tmp_path / "*.nothing", "there is no such file"),
         (tmp_path / "folder", "no file in it"),
