@@ -16,7 +16,6 @@ import re
 from collections import Counter
 from decimal import Decimal
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -39,13 +38,7 @@ END_OF_NUMBER = re.compile(r"(?<=[0-9])[.,]?[^0-9.,]")
 SCORES = {"majority_accuracy": "accuracy of the majority of the chains of thought"}
 
 
-class Chains(NamedTuple):
-    """Settings of the chains of thought about a question."""
-
-    samples: int  # chains that vote
-    temperature: float  # of the sampling; 0 is greedy
-    max_new_tokens: int  # in a chain
-    seed: int  # of the sampling
+SETTINGS = ("samples", "temperature", "max_new_tokens", "seed")  # options of the chains
 
 
 def majority(votes: list[Decimal | None]) -> Decimal | None:
@@ -54,17 +47,18 @@ def majority(votes: list[Decimal | None]) -> Decimal | None:
 
 
 def answer_after_chains(
-    model: Mistral | QuietStar, question: Question, tokenizer: Tokenizer, chains: Chains
+    model: Mistral | QuietStar, question: Question, tokenizer: Tokenizer, settings
 ) -> dict:
     """Whether the vote of the chains is right, the answer that won, and the chains.
 
-    Every question has its own random numbers, so that a restart does not change the results.
+    settings: an object with the SETTINGS. Every question has its own random numbers, so that a
+    restart does not change the results.
     """
-    own_seed = np.random.default_rng([chains.seed, question.number]).integers(2**63)
-    generator = torch.Generator().manual_seed(int(own_seed))
-    write_on = partial(write, model, tokenizer, temperature=chains.temperature, generator=generator)
+    own_seed = np.random.default_rng([settings.seed, question.number]).integers(2**63)
+    generator, heat = torch.Generator().manual_seed(int(own_seed)), settings.temperature
+    write_on = partial(write, model, tokenizer, temperature=heat, generator=generator)
     prompt = f"Q: {question.text}{STEP_BY_STEP}"
-    texts = write_on(prompt, chains.max_new_tokens, samples=chains.samples, stop=END_OF_CHAIN)
+    texts = write_on(prompt, settings.max_new_tokens, samples=settings.samples, stop=END_OF_CHAIN)
     answers = []
     for text in texts:  # one by one: they differ in length
         asked = (prompt + text).rstrip() + THEREFORE
@@ -79,13 +73,13 @@ def answer_after_chains(
 
 def run(options: argparse.Namespace) -> None:
     """Answer the questions without thoughts and with them, and print the scores."""
-    chains = Chains(options.samples, options.temperature, options.max_new_tokens, options.seed)
-    check_at_least(chains, samples=1, temperature=0, max_new_tokens=1, seed=0)
+    check_at_least(options, samples=1, temperature=0, max_new_tokens=1, seed=0)
     questions = read_questions(options.data, "gsm8k", options.limit)
     dtype = options.dtype and DTYPES[options.dtype]
     model, tokenizer = load(options.model, pick_device(options.device), dtype)
-    answer = partial(answer_after_chains, tokenizer=tokenizer, chains=chains)
-    out, header = results_file(options, "gsm8k-cot"), about(options) | chains._asdict()
+    answer = partial(answer_after_chains, tokenizer=tokenizer, settings=options)
+    out = results_file(options, "gsm8k-cot")
+    header = about(options) | {name: getattr(options, name) for name in SETTINGS}
     results = answer_all(ways_to_answer(model), questions, answer, out, header)
     print(show_scores("gsm8k", results, SCORES))
     print(f"a line for each question is in {out}")

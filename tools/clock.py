@@ -1,13 +1,12 @@
-"""Find out whether a pretrained model discovers useful thoughts, on the built-in corpus's puzzles.
+"""Does a pretrained model discover useful thoughts, on the puzzles of the built-in corpus?
 
     python -m tools.clock --checkpoint SmolLM2 --out runs/clock -- --dtype bfloat16
 
-First the checkpoint is trained on lines that mostly have an aside: to work in it ("works"), and
-then, where most asides hum, to hum unless the beginning of its aside is given ("hums"). From there
-it is trained in four ways on lines that mostly have none ("silent"): with Quiet-STaR, without
-REINFORCE, with pause tokens as thoughts, without thoughts. OUT/tables.md has their answers to
-held-out puzzles, by what stands between "=" and the answer. Options after -- are those of train.py,
-for all four. Started again, it continues.
+First the checkpoint learns from lines with an aside: to work in it ("works"), and then to hum
+unless the beginning of its aside is given ("hums"). From there it is trained in four ways on lines
+that mostly have no aside ("silent"): with Quiet-STaR, without REINFORCE, with pause tokens, without
+thoughts. OUT/tables.md has their scores on held-out puzzles, by what stands between "=" and the
+answer. Options after -- are those of train.py, for all four. Started again, it continues.
 """
 
 import argparse
@@ -28,16 +27,9 @@ from support.runs import copy_tokenizer
 from support.terminal import execute, make_parser
 from support.tokenizer import Tokenizer, load_tokenizer
 from thoughts import QuietStar
+from tools import experiments
 from tools.compare import training_options
-from tools.experiments import (
-    COLUMNS,
-    EXPERIMENTS,
-    markdown,
-    once,
-    same_settings,
-    score_cells,
-    train_run,
-)
+from tools.experiments import EXPERIMENTS, same_settings, train_run
 from tools.objectives import plain_loss
 
 HUM = " um" * corpus.ASIDE  # instead of the corpus's, of which other tokenizers make few tokens
@@ -55,19 +47,13 @@ THOUGHTS = {  # differences from the paper's settings
     "thought_length": corpus.ASIDE, "n_true": 1, "embedding_scale": 1.0,
     "reinforce_temperature": 1.0, "policy_weight": 10.0,
 }  # fmt: skip
-LABELS = {
-    "hums": "before", "none": "trained further without thoughts",
-    "pause": "pause tokens in training", "policy0": "no REINFORCE (policy weight 0)",
-    "full": "Quiet-STaR",
-}  # fmt: skip
-ARMS = [*LABELS][1:]  # the four ways, of EXPERIMENTS
+ARMS = ("none", "pause", "policy0", "full")  # the four ways, of EXPERIMENTS
+LABELS = {"hums": "before"} | {name: EXPERIMENTS[name].label for name in ARMS}
+LABELS["full"] = "Quiet-STaR"
 
 
 def held_out_puzzles(tokenizer: Tokenizer, device: torch.device, every=1) -> evaluation.Puzzles:
-    """Every held-out puzzle, or one in `every`, once.
-
-    Raises ValueError if the tokenizer has no token of its own for a digit or the hum's word.
-    """
+    """One in `every` held-out puzzles. ValueError if a digit or the hum's word is not one token."""
     ids, answers, work, candidates, _ = evaluation.held_out_puzzles(tokenizer, device, repeats=1)
     hum = tokenizer.encode("=—" + HUM)[len(tokenizer.encode("=—")) :]
     if work.shape[1] != corpus.ASIDE or len(hum) != corpus.ASIDE:
@@ -81,8 +67,7 @@ def held_out_puzzles(tokenizer: Tokenizer, device: torch.device, every=1) -> eva
 def look(model: QuietStar, tokenizer: Tokenizer, puzzles: evaluation.Puzzles, humming: bool):
     """A status line, whether training can end, and no metrics: `look` of train.train.
 
-    It can if the base model works in asides whose beginning is given, and, for humming, hums in
-    the others.
+    It can if the model works in asides whose beginning is given (and, if humming, hums in others).
     """
     at_once = evaluation.score(model.model(puzzles.ids)[:, -1], puzzles).right
     hums, right = evaluation.asides(model.model, puzzles, tokenizer)
@@ -120,7 +105,7 @@ def run(options: argparse.Namespace) -> None:
     models = {"hums": out / "hums" / "model"} | {x: out / x / "quiet_star" for x in ARMS}
     begins = THOUGHTS | more | {"checkpoint": models["hums"], "data": [out / "silent.txt"]}
     arms = {name: begins | EXPERIMENTS[name].options for name in ARMS}
-    for name, given in arms.items():  # all four: they share a table
+    for name, given in arms.items():  # all four, because they share a table
         train.make_settings(given)
         same_settings(out / name / "settings.json", given)
     tokenizer = load_tokenizer(options.checkpoint)
@@ -135,10 +120,11 @@ def run(options: argparse.Namespace) -> None:
             watch = partial(evaluation.look_at_puzzles, **watched)
             train_run(arms[name], out / name, device, EXPERIMENTS[name].loss, watch)
         about = {"written": (models[name] / "model.safetensors").stat().st_mtime}
-        once(out / f"{name}.json", about, partial(measure, models[name], device))
+        experiments.once(out / f"{name}.json", about, partial(measure, models[name], device))
     tables = {name: path for name in LABELS if (path := out / f"{name}.json").exists()}
-    rows = [[LABELS[x], *score_cells([read_json(path)["table"]])] for x, path in tables.items()]
-    text = markdown(["", *COLUMNS], rows) + "\n"
+    scores = {x: experiments.score_cells([read_json(tables[x])["table"]]) for x in tables}
+    rows = [[LABELS[name], *cells] for name, cells in scores.items()]
+    text = experiments.markdown(["", *experiments.COLUMNS], rows) + "\n"
     write_text(out / "tables.md", text)
     print(text, end="")
 

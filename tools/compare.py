@@ -19,6 +19,7 @@ import sys
 import textwrap
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -66,8 +67,7 @@ def split_text(files: list[str]) -> tuple[list[str], list[str]]:
 
     A file with a single document is split by lines. Raises ValueError if nothing can be held out.
     """
-    known: list[str] = []
-    held_out: list[str] = []
+    known, held_out = [], []
     for file in files:
         documents = read_documents([file])
         single = len(documents) == 1
@@ -76,8 +76,7 @@ def split_text(files: list[str]) -> tuple[list[str], list[str]]:
         for side, part in ((known, parts[:cut]), (held_out, parts[cut:])):
             side += ["".join(part)] if single else part
     if not any(held_out):
-        lines = f"fewer than {HELD_OUT} lines"
-        raise ValueError(f"{', '.join(files)}: {lines}, so nothing can be held out")
+        raise ValueError(f"--data: no file has {HELD_OUT} lines; nothing can be held out")
     return known, held_out
 
 
@@ -93,30 +92,24 @@ def training_options(arguments: list[str]) -> dict:
     return train.PRESETS.get(given.pop("preset", None), {}) | given
 
 
-# ---------------------------------------------------------------------------------- measurements
-
-
 def pausing(model: QuietStar) -> QuietStar:
     """The same model, with K start tokens instead of greedy thoughts in think_last."""
-    paused = copy.copy(model)  # shares all weights
-
-    def think_last(last: Tensor, cache: KVCache):
-        thought = last.new_full((len(last), model.config.thought_length), model.start_id)
-        return model.think_last(last, cache, thought)
-
-    paused.think_last = think_last
+    paused, K = copy.copy(model), model.config.thought_length  # shares all weights
+    paused.think_last = lambda last, cache: model.think_last(
+        last, cache, last.new_full((len(last), K), model.start_id)
+    )
     return paused
 
 
 @torch.no_grad()
 def held_out_nll(
     model: QuietStar, arm: str, ids: Tensor, mask: Tensor, positions: Tensor
-) -> dict[str, Tensor]:
-    """nll in nats [n, J] of the tokens after the positions [J], NaN where they are no targets.
+) -> dict[str, list]:
+    """nll in nats [n, J] of the tokens after positions [J], NaN for no targets: {way: nll}.
 
-    ids, target mask [n, T]. The keys are those of LABELS for the arm: "without" a thought, "with" a
-    greedy one (or the arm's pause tokens), "shuffled": with the greedy thoughts of another
-    sequence. Raises ValueError if a loss is not finite.
+    ids, target mask [n, T]. The ways are those of LABELS for the arm: without a thought, with a
+    greedy one (or pause tokens), with the shuffled ones of another sequence. Raises ValueError if a
+    loss is not finite.
     """
     thinker, ways = evaluation.thinking_once(model), [way for name, way in LABELS if name == arm]
     if ways == ["without"]:
@@ -139,7 +132,7 @@ def held_out_nll(
                 raise ValueError("the losses are not finite: the weights are broken")
             parts[way].append(nll[way].float().masked_fill(~output.valid[0], math.nan).cpu())
         show_status(f"held-out text: {done} of {count} batches", done, count, sys.stderr)
-    return {way: torch.cat(part) for way, part in parts.items()}
+    return {way: torch.cat(part).tolist() for way, part in parts.items()}
 
 
 def measure(
@@ -147,19 +140,15 @@ def measure(
 ) -> dict[str, dict]:
     """Losses and answers of a model: {"nll": {way: [n, J]}, task: {way: results}}.
 
-    held_out: ids, mask and positions for held_out_nll. Losses are kept in OUT.json, answers in a
-    file for each task.
+    held_out: ids, mask and positions for held_out_nll. The results are kept in files OUT*.
     """
     model, tokenizer = load(folder, held_out[0].device, DTYPES[options.dtype])
     if isinstance(model, Mistral):
         model = QuietStar(model, ThoughtConfig(thought_length=0))
     header = about(argparse.Namespace(**vars(options) | {"model": str(folder), "data": None}))
-
-    def losses() -> dict:
-        return {"nll": {way: x.tolist() for way, x in held_out_nll(model, arm, *held_out).items()}}
-
     shape = header | {"shape": [*held_out[0].shape, len(held_out[2])]}
-    found = {"nll": once(out.with_suffix(".json"), shape, losses)["nll"]}
+    path = out.with_suffix(".json")
+    found = once(path, shape, lambda: {"nll": held_out_nll(model, arm, *held_out)})
     answering = {"pause": pausing(model), "thoughts": model}.get(arm, model.model)
     for task in [task for task in evaluation.TASKS if getattr(options, task)]:
         file, data = out.with_name(f"{out.name}-{task}.jsonl"), {"data": getattr(options, task)}
@@ -167,9 +156,6 @@ def measure(
         ways = evaluation.ways_to_answer(answering)  # "without thoughts", "with thoughts"
         found[task] = {way.split()[0]: [result[way] for result in results] for way in ways}
     return found
-
-
-# ------------------------------------------------------------------------------------- the report
 
 
 def difference(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, list[float]]:
@@ -196,29 +182,10 @@ def difference_row(first, second, nll: dict) -> list[str]:
     return [label, f"{values.mean():+.4f}", interval, each, f"{detectable:.4f}"]
 
 
-def loss_row(key, nll: dict) -> list[str]:
-    """The mean nll of a model, and that of every seed."""
-    each = " ".join(f"{loss:.4f}" for loss in np.nanmean(nll[key], axis=(1, 2)))
-    return [LABELS[key], f"{np.nanmean(nll[key]):.4f}", each]
-
-
-def show_gain(first, second, nll: dict) -> str:
-    """The gain of first over second by the loss before training, with means over the seeds."""
-    known = ~np.isnan(nll[BEFORE][0])  # [n, J]
-    before, one, other = (
-        torch.from_numpy(nll[key].mean(0)[known]) for key in (BEFORE, first, second)
-    )
-    return textwrap.indent(evaluation.show_text(other, one, by=before), "    ")
-
-
 def show_task(task: str, answers: dict) -> str:
-    """Scores of all models in %, and the gains of thoughts, with bootstrap intervals.
+    """Scores in % and the gains of thoughts, from {(arm, way): [results of every seed]}."""
 
-    answers: {(arm, way): [results of every seed]}.
-    """
-
-    def values(key, score: str) -> np.ndarray:
-        """Percent of every question [n], the mean over the seeds."""
+    def values(key, score: str) -> np.ndarray:  # percent of every question [n], mean over seeds
         return 100 * np.array([[r[score] for r in results] for results in answers[key]]).mean(0)
 
     def cell(percent: np.ndarray) -> str:
@@ -235,11 +202,7 @@ def show_task(task: str, answers: dict) -> str:
 
 @torch.no_grad()
 def show_thoughts(model: QuietStar, tokenizer: Tokenizer, ids: Tensor) -> str:
-    """The greedy thought in the middle of each of the sequences ids [n, T], a line each.
-
-    A line has the last tokens of the text, the true next token, the thought, w, and log p of the
-    true token without and with the thought.
-    """
+    """Lines with the text up to the middle of each sequence of ids [n, T], and its thought."""
     j, cache, lines = ids.shape[1] // 2, KVCache(model.model.config), []
     model.model.run(model.model.embed_tokens(ids[:, : j - 1]), cache)
     prediction = model.think_last(ids[:, j - 1], cache)
@@ -253,22 +216,24 @@ def show_thoughts(model: QuietStar, tokenizer: Tokenizer, ids: Tensor) -> str:
 def report(found: dict[str, list[dict]], thoughts: str) -> str:
     """The report as Markdown, from the results of measure: {arm: [result of every seed]}."""
     nll = {(arm, way): np.array([x["nll"][way] for x in found[arm]], float) for arm, way in LABELS}
-    targets = ~np.isnan(nll[BEFORE])  # [1, n, J]
+    targets = ~np.isnan(nll[BEFORE][0])  # [n, J]
+    means = {key: np.nanmean(x, axis=(1, 2)) for key, x in nll.items()}  # [seeds]
+    each = {key: " ".join(f"{loss:.4f}" for loss in means[key]) for key in means}
+    losses = [[LABELS[key], f"{means[key].mean():.4f}", each[key]] for key in means]
+    gains = [difference_row(*pair, nll) for pair in DIFFERENCES]
     parts = [
-        f"Held-out text: {targets.sum()} tokens of {targets.shape[1]} sequences; loss in nats per "
-        "token.",
-        markdown(["", "loss", "seeds"], [loss_row(key, nll) for key in LABELS]),
+        f"Held-out text: {targets.sum()} tokens of {len(targets)} sequences; nats per token.",
+        markdown(["", "loss", "seeds"], losses),
         "Gains in nats per token: 95 % intervals (bootstrap over the sequences, seeds fixed), the "
         "gain of each seed, and the detectable gain, which 80 % of such comparisons would show "
         "(2.8 standard errors, of sequences and of seeds).",
-        markdown(
-            ["", "gain", "interval", "seeds", "detectable"],
-            [difference_row(*pair, nll) for pair in DIFFERENCES],
-        ),
+        markdown(["", "gain", "interval", "seeds", "detectable"], gains),
     ]
     for second in (SILENT, PLAIN):
+        keys = second, THINKS, BEFORE
+        other, one, before = (torch.from_numpy(nll[key].mean(0)[targets]) for key in keys)
         parts.append(f"By the loss before training: {LABELS[THINKS]} against {LABELS[second]}.")
-        parts.append(show_gain(THINKS, second, nll))
+        parts.append(textwrap.indent(evaluation.show_text(other, one, by=before), "    "))
     for task in [task for task in evaluation.TASKS if task in found["before"][0]]:
         parts.append("In %, mean over seeds, 95 % intervals (bootstrap over the questions).")
         answers = {key: [x[task].get(key[1]) for x in found[key[0]]] for key in LABELS}
@@ -278,20 +243,16 @@ def report(found: dict[str, list[dict]], thoughts: str) -> str:
 
 
 def prepare(options: argparse.Namespace, out: Path) -> tuple[dict, Tokens]:
-    """Options of train.py for all runs, and the held-out tokens. Writes both parts of the text.
-
-    Raises ValueError for what cannot work, before anything is trained.
-    """
+    """Options of train.py for all runs, and the held-out tokens. What cannot work fails here."""
     check_at_least(options, sequences=2, limit=1, seeds=1)
-    for file in filter(None, (options.gsm8k, options.csqa)):
-        if not Path(file).is_file():
-            raise ValueError(f"there is no file {file}")
+    for task in evaluation.TASKS:
+        if file := getattr(options, task):
+            evaluation.read_questions(file, task, options.limit)
     training = training_options(options.training)
     training |= {"checkpoint": options.checkpoint, "data": [out / "train.jsonl"]}
     settings, _ = train.make_settings(training)
-    for seed in range(options.seeds):
-        for arm in ARMS:
-            same_settings(out / f"seed{seed}" / arm / "settings.json", training | {"seed": seed})
+    for seed, arm in product(range(options.seeds), ARMS):
+        same_settings(out / f"seed{seed}" / arm / "settings.json", training | {"seed": seed})
     known, held_out = split_text(options.data)
     tokens = tokenize(held_out, load_tokenizer(options.checkpoint))
     if len(tokens.ids) < 2 * settings.context:
@@ -322,12 +283,10 @@ def run(options: argparse.Namespace) -> None:
     held_out = ids, mask, positions.to(device)
     before = measure("before", Path(options.checkpoint), out / "before", options, held_out)
     found: dict[str, list[dict]] = {"before": [before]} | {arm: [] for arm in ARMS}
-    for seed in range(options.seeds):
-        for arm, name in ARMS.items():
-            folder = out / f"seed{seed}" / arm
-            train_run(training | {"seed": seed}, folder, device, EXPERIMENTS[name].loss)
-            result = measure(arm, folder / "quiet_star", folder, options, held_out)
-            found[arm].append(result)
+    for seed, arm in product(range(options.seeds), ARMS):
+        folder, loss = out / f"seed{seed}" / arm, EXPERIMENTS[ARMS[arm]].loss
+        train_run(training | {"seed": seed}, folder, device, loss)
+        found[arm].append(measure(arm, folder / "quiet_star", folder, options, held_out))
     model, tokenizer = load(out / "seed0/thoughts/quiet_star", device, DTYPES[settings.dtype])
     text = report(found, show_thoughts(model, tokenizer, ids[:THOUGHTS]))
     write_text(out / "report.md", text)

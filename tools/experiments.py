@@ -2,14 +2,13 @@
 
     python -m tools.experiments --out runs/controls                   all experiments, five seeds
     python -m tools.experiments --out runs/controls --only full pause --seeds 2
-    python -m tools.experiments --out runs/controls --tables          print finished results only
+    python -m tools.experiments --out runs/controls --seeds 0         print finished results only
 
 An experiment is `python train.py` with other options, another loss (tools/objectives.py) or another
-initial model. A seed sets the corpus, the base model and the training. All experiments of a seed
-start from the same base model. OUT/seed0/full/ is the folder of a run and OUT/seed0/full.json its
-result: settings, scores on the puzzles, last metrics, seconds. Finished experiments are not run
-again, and a stopped one continues from its last checkpoint. The tables are printed and written to
-OUT/tables.md.
+initial model. A seed sets the corpus, the base model (the same for all experiments) and the
+training. OUT/seed0/full/ is the folder of a run and OUT/seed0/full.json its result. Finished
+experiments are not run again, and a stopped one continues from its last checkpoint. The tables are
+printed and written to OUT/tables.md.
 """
 
 import argparse
@@ -37,14 +36,12 @@ from support.runs import make_folder
 from support.terminal import execute, make_parser
 from support.text import tokenize
 from support.tokenizer import load_tokenizer
-from thoughts import QuietStar, quiet_star_loss
+from thoughts import quiet_star_loss
 from tools import objectives
 from tools.plan import work_of
 from tools.prepare import check_workers, start_worker
 
 HELD_OUT_LINES = 300  # of the text on which the gain by difficulty is measured
-
-# ------------------------------------------------------------------------------- the experiments
 
 
 class Experiment(NamedTuple):
@@ -57,11 +54,9 @@ class Experiment(NamedTuple):
     begins: str | None = "base"  # the experiment whose model it continues; None: a base model
 
     def tokens(self) -> int:
-        """The cost: tokens processed in training at most, those of thoughts included."""
+        """The cost: tokens processed in training with thoughts, at most."""
         settings, thoughts = train.make_settings(self.options)
         work = work_of(settings, thoughts)
-        if self.begins is None:
-            return settings.base_steps * train.BASE_SETTINGS["batch_size"] * work.T
         work = replace(work, J=0) if self.loss is objectives.plain_loss else work
         return settings.steps * work.batch * work.tokens(thoughts)
 
@@ -149,14 +144,8 @@ COLUMNS = {  # of the tables: a row of evaluation.puzzle_table, and one of its s
 }  # fmt: skip
 
 
-# ---------------------------------------------------------------------------- what is finished
-
-
 def same_settings(path: Path, options: dict, more: dict | None = None) -> bool:
-    """Whether a JSON file of a run exists. Raises ValueError if the run had other options.
-
-    more: entries of the file besides the settings, compared if they are in it.
-    """
+    """Whether a JSON file of a run exists. Raises ValueError if it has other options, or `more`."""
     if not path.exists():
         return False
     settings, thoughts = map(asdict, train.make_settings(options))
@@ -185,18 +174,15 @@ class Job(NamedTuple):
         """The result file, which is written last."""
         return self.out / f"seed{self.seed}" / f"{self.name}.json"
 
-    def options(self) -> dict:
-        """The options of train.py."""
-        return {"seed": self.seed} | EXPERIMENTS[self.name].options
-
-    def more(self) -> dict:
-        """The other properties of the experiment, for same_settings."""
-        *_, loss, model, begins = EXPERIMENTS[self.name]
-        return {"begins": begins, "loss": loss.__name__, "model": model.__name__}
+    def kind(self) -> tuple[dict, dict]:
+        """Options of train.py, and the other properties, as same_settings takes them."""
+        _, options, loss, model, begins = EXPERIMENTS[self.name]
+        more = {"begins": begins, "loss": loss.__name__, "model": model.__name__}
+        return {"seed": self.seed} | options, more
 
     def finished(self) -> bool:
         """Whether it has a result. Raises ValueError if that is of another experiment."""
-        return same_settings(self.result(), self.options(), self.more())
+        return same_settings(self.result(), *self.kind())
 
     def chain(self) -> list["Job"]:
         """The jobs whose models it continues, the base model first, and itself."""
@@ -208,9 +194,6 @@ class Job(NamedTuple):
         return self.result().with_suffix("") / ("quiet_star" if self.chain()[1:] else "base")
 
 
-# ---------------------------------------------------------------------------------------- the runs
-
-
 def train_run(options: dict, run: Path, device: torch.device, loss: Callable, look=None):
     """Train with options of train.py in the folder of a run, or continue it. Returns the model."""
     print(f"run {run} on {device}")
@@ -220,11 +203,11 @@ def train_run(options: dict, run: Path, device: torch.device, loss: Callable, lo
 def perform(job: Job) -> Job:
     """Train, evaluate, and write the result."""
     began, run, device = time.perf_counter(), job.model().parent, torch.device("cpu")
-    same_settings(run / "settings.json", job.options(), job.more())
-    settings, thoughts = train.make_settings(job.options())
+    path, (options, more), nll = run / "settings.json", job.kind(), {}
+    same_settings(path, options, more)
+    settings, thoughts = train.make_settings(options)
     make_folder(settings, thoughts, run)
-    write_json(run / "settings.json", read_json(run / "settings.json") | job.more())
-    nll: dict[str, list[float]] = {}
+    write_json(path, read_json(path) | more)
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # status lines
         if before := job.chain()[:-1]:
             settings = replace(settings, checkpoint=str(before[-1].model()))
@@ -234,39 +217,33 @@ def perform(job: Job) -> Job:
             model = train.train_base(settings, thoughts, run, device)
         tokenizer = load_tokenizer(run)
         table = evaluation.puzzle_table(model, tokenizer)
-        if isinstance(model, QuietStar):
+        if before:  # nll of every target in nats, without and with thoughts
             text = corpus.make_corpus(0, HELD_OUT_LINES, train.EXPLAINED, held_out=True)
             tokens = tokenize([text], tokenizer)
             nlls = evaluation.text_nll(model, tokens.ids, tokens.is_target, settings.context)
             nll = {kind: x.tolist() for kind, x in zip(("without", "with"), nlls, strict=True)}
-    last = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
     result = {
         "table": {name: score._asdict() for name, score in table.items()},
-        "nll": nll,  # of every target, in nats
-        "metrics": json.loads(last),
+        "nll": nll,
+        "metrics": json.loads((run / "metrics.jsonl").read_text().splitlines()[-1]),
         "seconds": time.perf_counter() - began,  # since the last start
     }
-    write_json(job.result(), read_json(run / "settings.json") | result)
+    write_json(job.result(), read_json(path) | result)
     return job
 
 
 def perform_all(jobs: list[Job], workers: int) -> None:
-    """Perform the unfinished jobs in rounds: in each, the jobs whose initial model is ready."""
+    """Perform the unfinished jobs: first the base models, then what continues them, and so on."""
     left = [job for job in jobs if not job.finished()]
-    cost = {job: EXPERIMENTS[job.name].tokens() for job in left}
-    began, done, count, total = time.perf_counter(), 0, len(jobs) - len(left), sum(cost.values())
-    with get_context("spawn").Pool(workers, start_worker) as pool:
-        while left:
-            ready = [job for job in left if not {*job.chain()[:-1]} & {*left}]
-            left = [job for job in left if job not in ready]
-            for job in pool.imap_unordered(perform, sorted(ready, key=lambda job: -cost[job])):
-                count, done = count + 1, done + cost[job]
-                minutes = (time.perf_counter() - began) * (total / done - 1) / 60
-                state = f"{count}/{len(jobs)}  {job.name}, seed {job.seed}"
+    began, done = time.perf_counter(), 0
+    for depth in sorted({len(job.chain()) for job in left}):
+        ready = [job for job in left if len(job.chain()) == depth]
+        with get_context("spawn").Pool(min(workers, len(ready)), start_worker) as pool:
+            for job in pool.imap_unordered(perform, ready):
+                done += 1
+                minutes = (time.perf_counter() - began) / 60 * (len(left) / done - 1)
+                state = f"{done}/{len(left)}  {job.name}, seed {job.seed}"
                 print(f"{state:40}  about {minutes:.0f} min left", flush=True)
-
-
-# -------------------------------------------------------------------------------------- the tables
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
@@ -275,19 +252,14 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
 
 
-def mean_and_spread(numbers: list[float], digits: int) -> str:
-    """Mean ± standard deviation of a sample; of a single number, the number."""
-    spread = f" ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 else ""
-    return f"{statistics.mean(numbers):.{digits}f}{spread}"
-
-
 def score_cells(tables: list[dict]) -> list[str]:
-    """A cell for each of the COLUMNS, from evaluation.puzzle_table of several runs."""
+    """Mean ± standard deviation for each of the COLUMNS, from puzzle_table of several runs."""
     cells = []
     for row, field in COLUMNS.values():
         factor, digits = (100, 1) if field == "right" else (1, 3)  # percent, or nats
         numbers = [factor * table[row][field] for table in tables if row in table]
-        cells.append(mean_and_spread(numbers, digits) if numbers else "-")
+        spread = f" ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 else ""
+        cells.append(f"{statistics.mean(numbers):.{digits}f}{spread}" if numbers else "-")
     return cells
 
 
@@ -315,30 +287,24 @@ def show_tables(results: dict[str, list[dict]]) -> str:
             torch.tensor([nll for result in full for nll in result["nll"][kind]])
             for kind in ("without", "with")
         )
-        parts.append(
-            "The gain by difficulty: full Quiet-STaR with greedy thoughts, text of held-out "
-            "puzzles, all seeds. Paper: gains concentrate on hard tokens."
-        )
-        parts.append(textwrap.indent(evaluation.show_text(without, with_thought), "    "))
+        gain = textwrap.indent(evaluation.show_text(without, with_thought), "    ")
+        text = "Gain by difficulty, full Quiet-STaR, greedy thoughts, text of held-out puzzles."
+        parts += [f"{text} Paper: gains concentrate on hard tokens.", gain]
     return "\n\n".join(parts) + "\n"
 
 
 def run(options: argparse.Namespace) -> None:
     """Run the chosen experiments that are not finished, and print the tables of all that are."""
     out = Path(options.out)
-    check_at_least(options, seeds=1)
+    check_at_least(options, seeds=0)
     check_workers(options.workers)
-    if not options.tables:
-        chosen = [Job(out, name, seed) for seed in range(options.seeds) for name in options.only]
-        jobs = dict.fromkeys(job for last in chosen for job in last.chain())
-        perform_all([*jobs], options.workers)
+    chosen = [Job(out, name, seed) for seed in range(options.seeds) for name in options.only]
+    perform_all([*dict.fromkeys(job for last in chosen for job in last.chain())], options.workers)
     seeds = sorted(int(folder.name[4:]) for folder in out.glob("seed[0-9]*"))
-    results = {}
-    for name in EXPERIMENTS:
-        jobs = [job for seed in seeds if (job := Job(out, name, seed)).finished()]
-        results[name] = [read_json(job.result()) for job in jobs]
+    jobs = {name: [Job(out, name, seed) for seed in seeds] for name in EXPERIMENTS}
+    results = {x: [read_json(job.result()) for job in jobs[x] if job.finished()] for x in jobs}
     if not any(results.values()):
-        raise ValueError(f"no results in {out}; run without --tables first, or give another --out")
+        raise ValueError(f"no results in {out}; give some --seeds to run, or another --out")
     text = show_tables(results)
     write_text(out / "tables.md", text)
     print(text, end="")
@@ -350,10 +316,9 @@ def main(arguments: list[str] | None = None) -> None:
     add = parser.add_argument
     names = f"experiments, of {', '.join(EXPERIMENTS)} (all)"
     add("--out", required=True, metavar="FOLDER", help="folder of the experiments")
-    add("--seeds", type=int, default=5, help="number of seeds: 0, 1, ... (5)")
+    add("--seeds", type=int, default=5, help="number of seeds; 0 prints finished results only (5)")
     add("--only", nargs="+", choices=EXPERIMENTS, default=EXPERIMENTS, metavar="NAME", help=names)
     add("--workers", type=int, default=os.cpu_count(), help="processes (one per core)")
-    add("--tables", action="store_true", help="run nothing, print the tables of finished results")
     execute(parser, run, arguments)
 
 

@@ -31,9 +31,6 @@ Loss = tuple[Tensor, dict[str, Tensor]]
 Counts = tuple[int, int] | None
 
 
-# ----------------------------------------------------------------------------------- objectives
-
-
 def reinforce(r: Tensor, output: Output, config: ThoughtConfig, counts, language=True) -> Loss:
     """Quiet-STaR's loss with other advantages r [B, N, J]; language: with its language losses."""
     counts = counts or thoughts.count_targets(output.target_mask, output.positions, config.n_true)
@@ -73,11 +70,10 @@ def base_as_baseline(output: Output, config: ThoughtConfig, counts: Counts = Non
 
 
 def log_mean(output: Output, config: ThoughtConfig, counts: Counts = None) -> Loss:
-    """L_NLL = - log mean_n exp(S_n) / A: the likelihood of the text under a random thought.
+    """L_NLL = - log mean_n exp(S_n) / A, a tighter bound than - mean_n S_n / A.
 
-    JEPO (arXiv 2503.19618): a tighter bound than - mean_n S_n / A. Ours: only its language loss;
-    JEPO's advantage is the log mean of all N minus the log mean of the others. The metric talk_nll
-    stays - mean_n S_n / A, so that runs can be compared.
+    JEPO (arXiv 2503.19618). Ours: only its language loss; JEPO's advantage is the log mean of all N
+    minus that of the others. The metric talk_nll stays - mean_n S_n / A, to compare runs.
     """
     loss, metrics = thoughts.quiet_star_loss(output, config, counts)
     S = log_likelihood(output.talk_nll)  # [B, N, J]
@@ -103,10 +99,9 @@ def probability_reward(output: Output, config: ThoughtConfig, counts: Counts = N
 def rlp(output: Output, config: ThoughtConfig, counts: Counts = None) -> Loss:
     """r_n = N / (N - 1) (S_n - mean S), N > 1, A = 1, negatives kept, no language loss.
 
-    RLP (arXiv 2510.01265), for a model whose prediction is p_thought (begin_without_mixing). The
-    paper's reward is S_n - b of a slow copy of the model; b cancels in the difference from the
-    mean, and with one update per batch its clipping has no effect. Ours: log p of a thought is the
-    sum over its tokens, not the mean; at a fixed length this only scales the policy weight.
+    RLP (arXiv 2510.01265), for a model whose w is 0 (begin_without_mixing). RLP's reward is S_n - b
+    of a slow copy of the model, but b cancels, and clipping has no effect with one update a batch.
+    Ours: log p of a thought is a sum over its tokens, not a mean, which scales the policy weight.
     """
     check_several(config)
     N = config.n_thoughts
@@ -119,10 +114,9 @@ def rlp(output: Output, config: ThoughtConfig, counts: Counts = None) -> Loss:
 
 
 def trained_by(objective: Callable, temperature: float = 1.0) -> Callable:
-    """The loss function for train.train of an objective, with thoughts sampled at `temperature`.
+    """The loss for train.train of an objective, with thoughts sampled at `temperature`.
 
-    If this is not the config's reinforce_temperature, at which log p(thought) is computed, the
-    gradient of REINFORCE is biased.
+    The gradient of REINFORCE is biased if this is not the config's reinforce_temperature.
     """
 
     def loss_of(model: QuietStar, ids, targets, positions, counts, generator):
@@ -131,9 +125,6 @@ def trained_by(objective: Callable, temperature: float = 1.0) -> Callable:
 
     loss_of.__name__ = f"{objective.__name__} of thoughts at temperature {temperature:g}"
     return loss_of
-
-
-# ------------------------------------------------------------------------------------- controls
 
 
 def plain_loss(model: QuietStar, *batch) -> Loss:
@@ -160,9 +151,6 @@ def forced_loss(make: Callable, model: QuietStar, ids, targets, positions, count
     output = model(ids, make(shape, generator=generator).to(ids.device), positions, targets)
     output = output._replace(thought_logp=torch.zeros_like(output.thought_logp))
     return thoughts.quiet_star_loss(output, model.config, counts)
-
-
-# --------------------------------------------------------------------------------- initial models
 
 
 def begin_at_random(*run) -> QuietStar:

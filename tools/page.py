@@ -61,28 +61,21 @@ class Record(NamedTuple):
         return sum(gains) / len(gains) if gains else None
 
 
-# ------------------------------------------------------------------------------------- the records
-
-
 def records_of(output: Output, ids: list[int], tokenizer: Tokenizer) -> Iterator[Record]:
     """A Record for each position of a forward pass over one text ids [T]."""
+    output = Output(*(x.cpu() for x in output))
     r = reward(output.talk_nll, output.base_nll, output.positions, output.valid)  # [1, N, J]
     numbers = torch.stack([r[0], output.weight[0, 0], -output.talk_nll[0, 0]])  # [3, N, J]
-    columns = zip(
-        output.positions.tolist(),
-        output.valid[:, 0].T.tolist(),  # [J, A]
-        (-output.base_nll[0, output.positions]).tolist(),  # [J]
-        output.thought_ids[0].transpose(0, 1).tolist(),  # [J, N, K]
-        numbers.permute(2, 1, 0).tolist(),  # [J, N, 3]
-        strict=True,
-    )
-    for j, valid, base_logp, thoughts, rows in columns:
-        shown = [
+    for i, j in enumerate(output.positions.tolist()):
+        text, valid = tokenizer.spell([ids[j]]), output.valid[:, 0, i].tolist()  # [A]
+        thoughts = [
             Thought(tokenizer.spell(thought), r_j if all(valid) else None, w, logp)
-            for thought, (r_j, w, logp) in zip(thoughts, rows, strict=True)
+            for thought, (r_j, w, logp) in zip(
+                output.thought_ids[0, :, i].tolist(), numbers[:, :, i].T.tolist(), strict=True
+            )
         ]
-        text = tokenizer.spell([ids[j]])
-        yield Record(text, base_logp, shown) if valid[0] else Record(text, None, [])
+        base_logp = -output.base_nll[0, j].item()
+        yield Record(text, base_logp, thoughts) if valid[0] else Record(text, None, [])
 
 
 @torch.no_grad()
@@ -91,9 +84,8 @@ def read_thoughts(
 ) -> Iterator[Record]:
     """A Record for every token of a text, with thoughts sampled at temperature 1.
 
-    The text is read in independent sequences of `context` tokens. Each begins with the last A
-    tokens of the one before, so that all thoughts but those at the end have A targets. Raises
-    ValueError if context is too small for this.
+    Each sequence of `context` tokens begins with the last A tokens of the one before, so that all
+    thoughts but the last have A targets. Raises ValueError if context is too small for this.
     """
     A, length, start = model.config.n_true, len(text.ids), 0
     if context <= A:
@@ -106,9 +98,6 @@ def read_thoughts(
         yield from records_of(output, ids.tolist(), tokenizer)
         start += thinking
     yield Record(tokenizer.spell(text.ids[-1:].tolist()), None, [])
-
-
-# ---------------------------------------------------------------------------------------- the page
 
 
 def visible(text: str) -> str:
@@ -129,16 +118,10 @@ def signed(nats: float) -> str:
     return f"{nats:+.3f}".replace("-", "−")
 
 
-def level(gain: float | None) -> int:
-    """The colour of a gain in nats: 1 .. 4 raised, -1 .. -4 lowered, 0 neither or None."""
-    size = bisect_right(BOUNDS, abs(gain or 0.0))
-    return size if (gain or 0.0) > 0 else -size
-
-
 def color_class(gain: float | None) -> str:
-    """The HTML attribute for the colour of a gain; empty for no colour."""
-    size = level(gain)
-    return f' class="{"raised" if size > 0 else "lowered"}{abs(size)}"' if size else ""
+    """The HTML attribute for the colour of a gain in nats; empty for None and for no colour."""
+    size = bisect_right(BOUNDS, abs(gain or 0.0))
+    return f' class="{"raised" if gain > 0 else "lowered"}{size}"' if size else ""
 
 
 def token_span(index: int, record: Record, linked: set[int]) -> str:
@@ -153,27 +136,24 @@ def token_span(index: int, record: Record, linked: set[int]) -> str:
 def json_block(records: list[Record]) -> str:
     """The records as JSON: [logp, [[text, reward, w, logp], ...]] each, without "<"."""
 
-    def short(number: float | None) -> float | None:
-        return None if number is None else round(number, 4)
+    def short(*numbers: float | None) -> list[float | None]:
+        return [number and round(number, 4) for number in numbers]
 
     rows = [
-        [short(record.logp), [[visible(t.text), *map(short, t[1:])] for t in record.thoughts]]
+        [*short(record.logp), [[visible(t.text), *short(*t[1:])] for t in record.thoughts]]
         for record in records
     ]
     return json.dumps(rows, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
 def extremes(records: list[Record], sign: int) -> list[tuple[int, Thought]]:
-    """The LISTED thoughts with the largest gains (sign 1) or losses (-1), one of a token at most.
-
-    Each comes with the index of its token.
-    """
+    """(index, thought) of the LISTED tokens with the largest gains (sign 1) or losses (-1)."""
 
     def size(entry: tuple[int, Thought]) -> float:
         return sign * records[entry[0]].gain(entry[1])
 
-    thinking = [(i, record.thoughts) for i, record in enumerate(records) if record.thoughts]
-    each = [max(((i, thought) for thought in thoughts), key=size) for i, thoughts in thinking]
+    tokens = [[(i, x) for x in record.thoughts] for i, record in enumerate(records)]
+    each = [max(entries, key=size) for entries in tokens if entries]  # one thought per token
     return [entry for entry in sorted(each, key=size, reverse=True)[:LISTED] if size(entry) > 0]
 
 
@@ -200,15 +180,15 @@ def figures(records: list[Record], heard: bool) -> dict[str, str]:
     if not gains:
         raise ValueError("the text has nothing to predict; it needs at least two tokens")
     without = sum(r.logp for r in records if r.logp is not None) / len(gains)
-    change, levels = sum(gains) / len(gains), [*map(level, gains)]
+    change, colors = sum(gains) / len(gains), "".join(map(color_class, gains))
     shown = f"<em{color_class(change)}>{signed(change)}</em>"
     return {
         "predicted": f"{len(gains):,}",
         "without": signed(without),
         "with": signed(without + change),
         "change": shown if heard else "none: all w = 1, so thoughts are not heard yet",
-        "raised": f"{100 * sum(size > 0 for size in levels) / len(gains):.1f}",
-        "lowered": f"{100 * sum(size < 0 for size in levels) / len(gains):.1f}",
+        "raised": f"{100 * colors.count('raised') / len(gains):.1f}",
+        "lowered": f"{100 * colors.count('lowered') / len(gains):.1f}",
     }
 
 

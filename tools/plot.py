@@ -28,8 +28,7 @@ Metrics = dict[str, list[tuple[float, float]]]  # {name: [(step, value), ...]}
 def read_metrics(run: Path) -> Metrics:
     """The metrics in CURVES that Quiet-STaR's steps have logged in a run's folder.
 
-    An unfinished last line is skipped, because the run may be writing it. Raises ValueError if
-    metrics.jsonl or a line of it cannot be read, or if there is nothing to draw.
+    An unfinished last line is skipped. Raises ValueError for other bad lines or without metrics.
     """
     path, metrics = run / "metrics.jsonl", {}
     for number, line in enumerate(read_utf8(path).split("\n")[:-1], 1):
@@ -51,22 +50,20 @@ def draw(metrics: Metrics):
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         raise ValueError("matplotlib is missing: pip install matplotlib") from None
-    panels = {title: {*names} & {*metrics} for title, names in CURVES.items()}
-    panels = {title: names for title, names in panels.items() if names}
+    panels = {title: names for title, names in CURVES.items() if {*names} & {*metrics}}
     figure = Figure(figsize=(3.4 * len(panels), 3.6), layout="constrained")
     for axes, title in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for i, (name, label) in enumerate(CURVES[title].items()):
-            if name in panels[title]:
+        for i, (name, label) in enumerate(panels[title].items()):
+            if name in metrics:
                 style = ".--" if name.startswith("eval_") else "-"
-                color = COLORS[i % 2 - len(CURVES[title]) % 2]
+                color = COLORS[i % 2 - len(panels[title]) % 2]
                 axes.plot(*zip(*metrics[name], strict=True), style, color=color, label=label)
         axes.set_title(title, fontsize="medium")
         axes.set_xlabel("step")
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.spines[["top", "right"]].set_visible(False)
-        if len(panels[title]) > 1:  # below the axes, where it covers no curve
-            place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2)}
-            axes.legend(frameon=False, fontsize="small", **place)
+        if len(axes.lines) > 1:  # a legend below the axes, where it covers no curve
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
     return figure
 
 

@@ -3,16 +3,14 @@
     python -m tools.prepare --data corpus/ "more/*.jsonl.zst" --checkpoint FOLDER --out prepared
     python train.py --checkpoint FOLDER --data prepared
 
-The sources are files, folders and globs. A .jsonl or .json file has a document in every line and a
-.parquet file one in every row. Any other file is one document. All but .parquet may be compressed
-as .gz or .zst. The tokens are the same that train.py makes of these documents, but memory does not
-grow with the text. Flaws of the text are counted and reported; --strict refuses them.
+A .jsonl or .json file has a document in every line and a .parquet file one in every row. Any other
+file is one document. All but .parquet may be compressed as .gz or .zst. The tokens are those that
+train.py makes of these documents, but memory does not grow with the text. Flaws of the text are
+counted and reported; --strict refuses them.
 
     prepared/tokens.bin       all tokens, uint16 or uint32
     prepared/is_target.bin    one byte per token: 0 for the first token of a document, else 1
     prepared/manifest.json    sources, tokenizer, options, counts, checksums
-
-Ours: is_target.bin needs more space than a list of document starts, but it can be memory-mapped.
 """
 
 import argparse
@@ -35,7 +33,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache, partial
 from importlib.util import find_spec
-from itertools import islice
+from itertools import islice, zip_longest
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -54,8 +52,8 @@ ARRAYS = ("tokens.bin", "is_target.bin")
 NEEDS = {".zst": "zstandard", ".parquet": "pyarrow"}  # optional packages
 
 # Every tokenizer here ends a word between a letter and a space or newline, and never merges across.
-# Long texts are cut there: the tokens of the parts are those of the whole. A text may begin
-# otherwise than it continues, so a part after a cut is encoded with LETTER before it.
+# Long texts are cut there, and the tokens of the parts are those of the whole. As the start of a
+# text may be encoded differently, a part after a cut is encoded with LETTER before it.
 CUT = re.compile(r"(?s:.*[^\W\d_])(?=[ \n])")
 LETTER = "a"
 
@@ -77,14 +75,10 @@ class Piece(NamedTuple):
     ends: bool = True
 
 
-# ------------------------------------------------------------------------------------- the sources
-
-
 def find_files(sources: list[str], out: Path) -> list[Path]:
-    """The files of the sources, in order; those of a folder or glob sorted by name.
+    """The files of the sources, in order; those of a folder (without hidden ones) or glob by name.
 
-    Hidden files in a folder are skipped. Raises ValueError if a source has no file, if `out` is
-    inside a source, or if an optional package is missing.
+    Raises ValueError for a source without files, `out` in a source, or a missing optional package.
     """
     files: list[Path] = []
     for source in sources:
@@ -100,9 +94,9 @@ def find_files(sources: list[str], out: Path) -> list[Path]:
         if not found:
             raise ValueError(f"{source}: there is no such file, or no file in it")
         files += found
-    for suffix in {file.suffix.lower() for file in files} & {*NEEDS}:
-        if find_spec(NEEDS[suffix]) is None:
-            raise ValueError(f"{suffix} files need a package: pip install {NEEDS[suffix]}")
+    for suffix, package in NEEDS.items():
+        if suffix in {file.suffix.lower() for file in files} and not find_spec(package):
+            raise ValueError(f"{suffix} files need a package: pip install {package}")
     return files
 
 
@@ -112,17 +106,13 @@ class Reader:
     def __init__(self, fields: list[str] | None = None, strict: bool = False):
         self.fields, self.strict = fields, strict
         self.flaws: Counter = Counter()  # {kind: count} in all files
-        self.here: dict[str, list] = {}  # {kind: [count, place of the first]} in this file
 
     def read(self, files: list[Path]) -> Iterator[tuple[Piece, int]]:
-        """The pieces of all files, each with the number of bytes read so far.
-
-        Raises ValueError for a damaged file, and for a flaw if strict.
-        """
+        """Pieces, and bytes read so far. ValueError for a damaged file, or a flaw if strict."""
         codecs.register_error("count", lambda error: (self.count("no_utf8") or "\ufffd", error.end))
         done = 0
         for self.path in files:
-            self.here, size = {}, self.path.stat().st_size
+            self.here, self.first, size = Counter(), {}, self.path.stat().st_size
             try:
                 with self.path.open("rb") as raw:
                     for piece in filter(lambda piece: piece.text, self.pieces(raw)):
@@ -131,8 +121,8 @@ class Reader:
             except (OSError, EOFError, zlib.error) as error:
                 raise ValueError(f"cannot read {self.path}: {error}") from None
             done += size
-            self.flaws += {kind: number for kind, (number, _) in self.here.items()}
-            if found := [f"{n} {FLAWS[kind]}{first}" for kind, (n, first) in self.here.items()]:
+            self.flaws += self.here
+            if found := [f"{n} {FLAWS[x]}{self.first.get(x, '')}" for x, n in self.here.items()]:
                 print(f"{self.path}: {', '.join(found)}", file=sys.stderr)
 
     def count(self, kind: str, line: int | None = None, number: int = 1) -> None:
@@ -140,9 +130,8 @@ class Reader:
         if number and self.strict:
             place = f"{self.path}, line {line}" if line else self.path
             raise ValueError(f"{place}: {number} {FLAWS[kind]}; --strict refuses this")
-        if number:
-            entry = self.here.setdefault(kind, [0, f", first in line {line}" if line else ""])
-            entry[0] += number
+        self.here += Counter({kind: int(number)})
+        self.first.setdefault(kind, f", first in line {line}" if line else "")
 
     def pieces(self, raw: BinaryIO) -> Iterator[Piece]:
         """The pieces of a file. Its name decides how it is read."""
@@ -238,8 +227,6 @@ def cut(texts: Iterator[str]) -> Iterator[Piece]:
     yield Piece(held + text, begins)
 
 
-# ------------------------------------------------------------------------------------- the tokens
-
 load_once = lru_cache(load_tokenizer)  # in every worker
 
 
@@ -251,7 +238,7 @@ def check_workers(workers: int) -> None:
 
 
 def start_worker() -> None:
-    """Set up a worker: one thread, Ctrl-C is left to the parent, and it ends with the parent."""
+    """Set up a worker: one thread; it leaves Ctrl-C to the parent, and ends if the parent ends."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     watch = threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True)
@@ -273,10 +260,7 @@ def encode(tokenizer_file: str, task: list[tuple[Piece, int]]) -> tuple[np.ndarr
 def write_tokens(
     files: list[Path], reader: Reader, tokenizer_file: str, folder: Path, workers: int
 ) -> dict:
-    """Write tokens.bin and is_target.bin into a folder, and return their part of the manifest.
-
-    Raises ValueError if the files have no text.
-    """
+    """Write the ARRAYS, and return the rest of the manifest. Raises ValueError for no text."""
     total, began = sum(file.stat().st_size for file in files), time.perf_counter()
     documents, tokens, paths = 0, 0, [folder / name for name in ARRAYS]
     with (
@@ -314,29 +298,27 @@ def checksums(folder: Path) -> dict[str, str]:
 
 
 def difference(found: dict, wanted: dict) -> str | None:
-    """The first difference of a manifest from what is wanted, in words. None: there is none."""
+    """The first entry of a manifest that is not as wanted, in words, or None."""
     for name, value in wanted.items():
-        if name == "sources" and found.get(name) != value:
-            old, new = ({tuple(x) for x in sources} for sources in (found.get(name, []), value))
-            file = min(old ^ new, default=None)
-            return f"{file[0]} was changed, added or removed" if file else "the order has changed"
-        if found.get(name) != value:
-            return f"{name} was {found.get(name)}, now {value}"
+        was = found.get(name)
+        if name == "sources" and was != value:
+            was, value = next(x for x in zip_longest(was or [], value) if x[0] != x[1])
+        if was != value:
+            return f"{name} had {was}, now {value}"
     return None
 
 
 def run(options: argparse.Namespace) -> None:
     """Make the folder, unless it is up to date."""
-    out, source = Path(options.out), options.checkpoint
     check_workers(options.workers)
-    files = find_files(options.data, out)
+    out, source = Path(options.out), options.checkpoint
+    new, files = out.with_name(out.name + ".tmp"), find_files(options.data, out)
     wanted = {
         "sources": [[str(file.resolve()), *version(file)] for file in files],
         "tokenizer": load_tokenizer(source).identity(),
         "field": options.field,
         "strict": options.strict,
     }
-    new = out.with_name(out.name + ".tmp")
     for folder in (out, new):
         if folder.exists() and not {x.name for x in folder.iterdir()} <= {*ARRAYS, MANIFEST}:
             raise ValueError(f"{folder} holds other files than prepared text; give another --out")
@@ -348,8 +330,8 @@ def run(options: argparse.Namespace) -> None:
         return
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
-    reader = Reader(options.field, options.strict)
     try:
+        reader = Reader(options.field, options.strict)
         made = write_tokens(files, reader, source, new, options.workers)
         write_json(new / MANIFEST, wanted | made)
         shutil.rmtree(out, ignore_errors=True)
@@ -366,7 +348,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--data", required=True, nargs="+", metavar="FILE", help="files, folders, globs")
-    add("--checkpoint", required=True, metavar="FOLDER", help="model to train (or tokenizer file)")
+    add("--checkpoint", required=True, metavar="FOLDER", help="model to train, or tokenizer file")
     add("--out", required=True, metavar="FOLDER", help="folder to make")
     text = 'fields of a record, joined by newlines; none: "text", or "question" and "answer"'
     add("--field", nargs="+", metavar="NAME", help=text)

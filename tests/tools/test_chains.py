@@ -3,6 +3,7 @@
 import json
 from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,6 @@ from eval import Question
 from support.tokenizer import load_tokenizer, save_byte_tokenizer
 from thoughts import save_quiet_star
 from tools import chains
-from tools.chains import Chains
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_chains_of_thought(monkeypatch):
         return [" So 3. \n", " So 2.", ""] if samples == 3 else [next(answers)]
 
     monkeypatch.setattr(chains, "write", write)
-    settings = Chains(samples=3, temperature=0.5, max_new_tokens=9, seed=0)
+    settings = SimpleNamespace(samples=3, temperature=0.5, max_new_tokens=9, seed=0)
     result = chains.answer_after_chains(None, Question(0, "x?", "2"), None, settings)
     thinking = "Q: x?\nA: Let's think step by step."
     asked = "\nTherefore, the answer (arabic numerals) is"
@@ -88,7 +88,7 @@ def test_every_question_has_its_own_randomness(monkeypatch):
 
     monkeypatch.setattr(chains, "write", write)
     for seed, number in [(0, 1), (0, 2), (1, 1), (0, 1)]:
-        settings = Chains(1, 0.7, 9, seed)
+        settings = SimpleNamespace(samples=1, temperature=0.7, max_new_tokens=9, seed=seed)
         chains.answer_after_chains(None, Question(number, "x?", "2"), None, settings)
     chain_seeds, answer_seeds = seeds[::2], seeds[1::2]
     assert chain_seeds == answer_seeds  # one generator a question

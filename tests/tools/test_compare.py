@@ -71,9 +71,13 @@ def test_losses_equal_thinking_slowly(monkeypatch):
     model, ids = tiny_quiet_star(n_true=1), random_ids(3, 8)
     mask, positions = torch.ones_like(ids, dtype=torch.bool), torch.tensor([1, 4])
     mask[2, 5] = False
-    greedy = compare.held_out_nll(model, "thoughts", ids, mask, positions)
-    pause = compare.held_out_nll(model, "pause", ids, mask, positions)
-    alone = compare.held_out_nll(model, "none", ids, mask, positions)
+    greedy, pause, alone = (
+        {way: torch.tensor(nll) for way, nll in found.items()}
+        for found in (
+            compare.held_out_nll(model, arm, ids, mask, positions)
+            for arm in ("thoughts", "pause", "none")
+        )
+    )
     assert [[*found] for found in (greedy, pause, alone)] == [
         ["without", "with", "shuffled"],
         ["without", "with"],
@@ -278,7 +282,7 @@ def test_a_comparison_keeps_its_settings(files, finished, tmp_path, capsys):
         (["--limit", "0"], "", "limit is 0"),
         (["--data", "SHORT"], "", "nothing can be held out"),
         (["--sequences", "1"], "", "sequences is 1; it must be at least 2"),
-        (["--csqa", "nowhere"], "", "there is no file nowhere"),
+        (["--csqa", "nowhere"], "", "cannot read nowhere"),
     ],
 )
 def test_what_cannot_work_fails_before_training(tmp_path, files, capsys, more, training, message):

@@ -270,6 +270,8 @@ def test_only_what_has_no_result_is_run(copied, small, monkeypatch):
     monkeypatch.setattr(experiments, "perform", lambda job: trained.append(job) or perform(job))
     removed = out / "seed1" / "none.json"
     removed.unlink()
+    experiments.main(["--out", str(out), "--seeds", "0"])
+    assert not trained
     experiments.main(arguments)
     assert trained == [(out, "none", 1)]
     assert all(path.read_text() == before[path] for path in results if path != removed)
@@ -330,11 +332,11 @@ def test_tables_by_hand():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--seeds", "0"], "seeds is 0; it must be at least 1"),
+        (["--seeds", "-1"], "seeds is -1; it must be at least 0"),
         (["--workers", "0"], "--workers is 0; it must be between 1 and"),
         (["--workers", "2147483648"], "--workers is 2147483648; it must be between 1 and"),
         (["--only", "everything"], "invalid choice: 'everything'"),
-        (["--tables"], "run without --tables first"),
+        (["--seeds", "0"], "no results in"),
     ],
 )
 def test_bad_input(tmp_path, capsys, options, message):
@@ -352,5 +354,5 @@ def test_a_run_begun_with_other_settings_is_not_continued(copied, small, monkeyp
 
 def test_results_of_other_settings_are_not_mixed_in(copied, small, monkeypatch, capsys):
     monkeypatch.setattr(train, "BUILT_IN", TINY | {"lr": 2e-3})
-    for arguments in (copied[1], [*copied[1], "--tables"]):
+    for arguments in (copied[1], [*copied[1], "--seeds", "0"]):
         assert "has other settings (lr 0.001)" in refused(capsys, arguments)

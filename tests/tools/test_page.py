@@ -15,7 +15,7 @@ from support.text import Tokens
 from support.tokenizer import save_byte_tokenizer
 from thoughts import ThoughtConfig, save_quiet_star
 from tools import page, prepare
-from tools.page import Record, Thought, extremes, level, read_thoughts, render, visible
+from tools.page import Record, Thought, extremes, read_thoughts, render, visible
 
 HTML = Path(page.__file__).with_name("page.html").read_text(encoding="utf-8")
 
@@ -113,9 +113,11 @@ def record(text, *gains):
 LAST = Record("end", None, [])
 
 
-def test_level_by_hand():
+def test_colors_by_hand():
     gains = [None, 0.0, 0.02, 0.03, 0.1, 0.25, 0.3, 1.0, 9.0, -0.02, -0.03, -0.5, -1.0]
-    assert [level(gain) for gain in gains] == [0, 0, 0, 1, 2, 2, 3, 4, 4, 0, -1, -3, -4]
+    names = ["", "", "", *("raised" + size for size in "122344"), "", "lowered1", "lowered3"]
+    expected = [f' class="{name}"' if name else "" for name in [*names, "lowered4"]]
+    assert [page.color_class(gain) for gain in gains] == expected
 
 
 def test_the_color_is_the_mean_of_the_next_tokens_gains():

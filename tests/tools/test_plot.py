@@ -46,8 +46,8 @@ def test_an_unfinished_last_line_is_skipped(tmp_path):
     ("lines", "message"),
     [
         ([BASE], "has no step with thoughts yet"),
-        ([step(1), "{"], "line 2 is no JSON object"),
-        (["[]"], "line 1 is no JSON object"),
+        ([step(1), "{"], "line 2 is no"),
+        (["[]"], "line 1 is no"),
         ([step(1, reward=None)], "line 1: reward has no value"),
         (['{"stage": "quiet_star", "reward": 1}'], "line 1: reward has no value"),
     ],

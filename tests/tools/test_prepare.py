@@ -245,18 +245,23 @@ def test_folder_is_used_again_and_refused_when_something_changed(tmp_path, in_pl
     assert (out / "tokens.bin").stat().st_mtime_ns == before
     save_byte_tokenizer(tmp_path)
     other = str(tmp_path / "tokenizer.json")
-    assert "tokenizer was [" in refused(capsys, tmp_path, *files, tokenizer=other)
-    assert "field was None, now ['x']" in refused(
+    assert "tokenizer had [" in refused(capsys, tmp_path, *files, tokenizer=other)
+    assert "field had None, now ['x']" in refused(
         capsys, tmp_path, *files, options=["--field", "x"]
     )
-    assert "the order has changed" in refused(capsys, tmp_path, *reversed(files))
+    assert f"sources had ['{files[0]}'" in refused(capsys, tmp_path, *reversed(files))
+    assert f"sources had ['{files[1]}'" in refused(capsys, tmp_path, files[0])
     files[0].write_text("edited")
     error = refused(capsys, tmp_path, *files)
-    assert f"{files[0]} was changed, added or removed; --rebuild replaces it" in error
+    assert f"sources had ['{files[0]}', {len(PROSE.encode())}, " in error
+    assert f"now ['{files[0]}', 6, " in error
+    assert "--rebuild replaces it" in error
     run(tmp_path, *files, options=["--rebuild"])
     check_tokens(out, read_documents(files))
+    (out / "tokens.bin").write_bytes(b"damaged")
+    assert "sha256 had {" in refused(capsys, tmp_path, *files)
     os.utime(files[1], ns=(1, 1))
-    assert f"{files[1]} was changed" in refused(capsys, tmp_path, *files)
+    assert f"now ['{files[1]}', " in refused(capsys, tmp_path, *files)
 
 
 def test_a_killed_run_leaves_no_corpus(tmp_path, in_place):
@@ -275,7 +280,7 @@ def test_a_killed_run_leaves_no_corpus(tmp_path, in_place):
 def test_damaged_folders(tmp_path, in_place):
     out, tokenizer = run(tmp_path, *write_files(tmp_path)), load_tokenizer(MISTRAL)
     for files in ([tmp_path / "a.txt", out], [out, tmp_path / "a.txt"]):  # not beside others
-        with pytest.raises(ValueError, match="is prepared text, which is given alone"):
+        with pytest.raises(ValueError, match=r"is (a )?prepared"):
             read_tokens(files, tokenizer)
     whole = (out / "tokens.bin").read_bytes()
     (out / "tokens.bin").write_bytes(whole[:-2])
@@ -297,7 +302,7 @@ def test_another_tokenizer(tmp_path, in_place):
     read_tokens([out], tokenizer)
     (tmp_path / "config.json").write_text('{"eos_token_id": 0}')
     for other in (load_tokenizer(tmp_path), load_tokenizer(MISTRAL)):
-        with pytest.raises(ValueError, match="was not prepared with this checkpoint's tokenizer"):
+        with pytest.raises(ValueError, match="prepared with"):
             read_tokens([out], other)
 
 
