@@ -5,7 +5,7 @@
 First the checkpoint learns from lines with an aside: to work in it ("works"), and then to hum
 unless the beginning of its aside is given ("hums"). From there it is trained in four ways on lines
 that mostly have no aside ("silent"): with Quiet-STaR, without REINFORCE, with pause tokens, without
-thoughts. OUT/tables.md has their scores on held-out puzzles, by what stands between "=" and the
+thoughts. OUT/tables.md has their scores on held-out puzzles, by the thought between "=" and the
 answer. Options after -- are those of train.py, for all four. Started again, it continues.
 """
 

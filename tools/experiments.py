@@ -274,7 +274,7 @@ def table_row(name: str, results: list[dict]) -> list[str]:
 def show_tables(results: dict[str, list[dict]]) -> str:
     """All tables as Markdown, from the results of the finished experiments."""
     parts = [
-        "Accuracy in % (chance: 33) by what stands between question and answer, and log p of the "
+        "Accuracy in % (chance: 33) by the thought between question and answer, and log p of the "
         "right answer in nats: mean ± standard deviation over seeds. Cost: tokens processed in "
         "training, relative to the full run."
     ]

@@ -101,7 +101,7 @@ def read_thoughts(
 
 
 def visible(text: str) -> str:
-    r"""The text with escapes like \x07 for what is neither printable nor a newline or tab."""
+    r"""The text with escapes like \x07 for unprintable characters except newlines and tabs."""
     return "".join(
         char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode()
         for char in text
@@ -228,7 +228,7 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"{options.model} is a plain model: it has no thoughts to show")
     text, part = read_tokens([options.text], tokenizer), slice(options.max_tokens)
     ids, is_target = (np.asarray(x[part]) for x in (text.ids, text.is_target))
-    ids, is_target = ids.astype(np.int64), is_target.astype(bool)  # copies of what is on the disk
+    ids, is_target = ids.astype(np.int64), is_target.astype(bool)  # copies, not maps of the disk
     text = Tokens(*(torch.from_numpy(x).to(device) for x in (ids, is_target)))
     generator, records = torch.Generator().manual_seed(options.seed), []
     for record in read_thoughts(model, tokenizer, text, options.context, generator):

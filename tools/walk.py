@@ -5,7 +5,7 @@
 
 Thoughts are sampled after one position only, so that every number of the six steps can be followed.
 Without --position it is the one where a greedy thought helps most. Letters and names are those of
-thoughts.py, and the numbers are what its functions return.
+thoughts.py, and its functions compute the numbers.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The comparison on a pretrained model: what is held out, what is compared, what is resumed."""
+"""The comparison on a pretrained model: held-out text, losses, differences, resuming."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The experiments: controls, costs, what is run again and what is not, tables."""
+"""The experiments: controls, costs, tables, and which of them are run again."""
 
 import json
 import shutil
