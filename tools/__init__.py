@@ -1,1 +1,1 @@
-"""What people run beside: python -m tools.NAME, each with --help."""
+"""Tools beside training and evaluation. Usage: python -m tools.NAME --help."""

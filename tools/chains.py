@@ -1,14 +1,14 @@
-"""GSM8K by chains of thought that are written out and vote: the paper's cot-maj@k.
+"""Answer GSM8K by a vote of written chains of thought: the paper's cot-maj@k.
 
     python -m tools.chains --model FOLDER --data test.jsonl
 
-A question is answered after a chain of thought, several times, and the commonest number counts:
+Every question is answered several times after a chain of thought, and the commonest number counts:
 
     Q: {question}\\nA: Let's think step by step. ... \\nTherefore, the answer (arabic numerals) is
 
 Paper: section 5. The prompts and the vote are those of the authors' code (zero-shotcot-eval.py).
-Ours: a chain ends at its first triple line break, where theirs ends at the second (or at "Q:"); a
-number may have a sign and decimals, where theirs is a row of digits. (At once: eval.py --task.)
+Ours: a chain ends at its first triple line break, not at the second (or at "Q:"), and a number may
+have a sign and decimals. (eval.py --task answers without chains.)
 """
 
 import argparse
@@ -16,7 +16,6 @@ import re
 from collections import Counter
 from decimal import Decimal
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,41 +32,33 @@ from thoughts import QuietStar
 
 STEP_BY_STEP = "\nA: Let's think step by step."
 THEREFORE = "\nTherefore, the answer (arabic numerals) is"
-ANSWER_TOKENS = 12  # at most, for the number
-END_OF_CHAIN = re.compile(r"Q:|\n\n\n")  # where a model goes on with a question of its own
+ANSWER_TOKENS = 12  # for the number, at most
+END_OF_CHAIN = re.compile(r"Q:|\n\n\n")  # where a model goes on with another question
 END_OF_NUMBER = re.compile(r"(?<=[0-9])[.,]?[^0-9.,]")
 SCORES = {"majority_accuracy": "accuracy of the majority of the chains of thought"}
 
 
-class Chains(NamedTuple):
-    """The chains of thought about a question."""
-
-    samples: int  # chains, which vote
-    temperature: float  # of sampling; 0 is greedy
-    max_new_tokens: int  # of a chain, at most
-    seed: int  # of sampling
+SETTINGS = ("samples", "temperature", "max_new_tokens", "seed")  # options of the chains
 
 
 def majority(votes: list[Decimal | None]) -> Decimal | None:
-    """The commonest vote, the first of several. None, no number written, is a vote like any other.
-
-    Paper: cot-maj@k, and the authors' code where votes are equally common.
-    """
+    """The most common vote, or the first of equally common ones. None (no number) is a vote too."""
     return Counter(votes).most_common(1)[0][0]
 
 
 def answer_after_chains(
-    model: Mistral | QuietStar, question: Question, tokenizer: Tokenizer, chains: Chains
+    model: Mistral | QuietStar, question: Question, tokenizer: Tokenizer, settings
 ) -> dict:
-    """The score of the vote of some chains of thought, the answer that won, and the chains.
+    """Whether the vote of the chains is right, the answer that won, and the chains.
 
-    Every question has randomness of its own: a restart changes nothing.
+    settings: an object with the SETTINGS. Every question has its own random numbers, so that a
+    restart does not change the results.
     """
-    own_seed = np.random.default_rng([chains.seed, question.number]).integers(2**63)
-    generator = torch.Generator().manual_seed(int(own_seed))
-    write_on = partial(write, model, tokenizer, temperature=chains.temperature, generator=generator)
+    own_seed = np.random.default_rng([settings.seed, question.number]).integers(2**63)
+    generator, heat = torch.Generator().manual_seed(int(own_seed)), settings.temperature
+    write_on = partial(write, model, tokenizer, temperature=heat, generator=generator)
     prompt = f"Q: {question.text}{STEP_BY_STEP}"
-    texts = write_on(prompt, chains.max_new_tokens, samples=chains.samples, stop=END_OF_CHAIN)
+    texts = write_on(prompt, settings.max_new_tokens, samples=settings.samples, stop=END_OF_CHAIN)
     answers = []
     for text in texts:  # one by one: they differ in length
         asked = (prompt + text).rstrip() + THEREFORE
@@ -81,17 +72,15 @@ def answer_after_chains(
 
 
 def run(options: argparse.Namespace) -> None:
-    """Answer the questions in every way, and print the score."""
-    chains = Chains(options.samples, options.temperature, options.max_new_tokens, options.seed)
-    check_at_least(chains, samples=1, temperature=0, max_new_tokens=1, seed=0)
+    """Answer the questions without thoughts and with them, and print the scores."""
+    check_at_least(options, samples=1, temperature=0, max_new_tokens=1, seed=0)
     questions = read_questions(options.data, "gsm8k", options.limit)
     dtype = options.dtype and DTYPES[options.dtype]
     model, tokenizer = load(options.model, pick_device(options.device), dtype)
-    answer = partial(answer_after_chains, tokenizer=tokenizer, chains=chains)
+    answer = partial(answer_after_chains, tokenizer=tokenizer, settings=options)
     out = results_file(options, "gsm8k-cot")
-    results = answer_all(
-        ways_to_answer(model), questions, answer, out, about(options) | chains._asdict()
-    )
+    header = about(options) | {name: getattr(options, name) for name in SETTINGS}
+    results = answer_all(ways_to_answer(model), questions, answer, out, header)
     print(show_scores("gsm8k", results, SCORES))
     print(f"a line for each question is in {out}")
 
@@ -101,14 +90,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--model", required=True, metavar="FOLDER", help="checkpoint folder, plain or thinking")
-    add("--data", required=True, metavar="FILE", help="GSM8K's questions, JSON lines")
-    add("--samples", type=int, default=8, help="chains of thought that vote on an answer (8)")
-    add("--temperature", type=float, default=0.7, help="of sampling them; 0 is greedy (0.7)")
-    add("--max-new-tokens", type=int, default=384, help="of one of them, at most (384)")
-    add("--limit", type=int, help="the first questions only; none: all")
+    add("--data", required=True, metavar="FILE", help="questions of GSM8K, JSON lines")
+    add("--samples", type=int, default=8, help="chains that vote on an answer (8)")
+    add("--temperature", type=float, default=0.7, help="of the sampling; 0: greedy (0.7)")
+    add("--max-new-tokens", type=int, default=384, help="tokens in a chain (384)")
+    add("--limit", type=int, help="first questions to answer; none: all")
     add("--seed", type=int, default=0, help="of the sampling (0)")
-    add("--out", metavar="FILE", help="of results, continued if it is there; none: in the model")
-    add("--device", help="cpu, cuda, mps; none: the best there is")
+    add("--out", metavar="FILE", help="results; none: runs/RUN-MODEL-gsm8k-cot.jsonl; continued")
+    add("--device", help="cpu, cuda, mps; none: the best one available")
     add("--dtype", choices=DTYPES, help="precision; none: the file's, on a CPU float32 if it fits")
     execute(parser, run, arguments)
 

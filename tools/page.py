@@ -1,11 +1,10 @@
-"""The thoughts of a text, to look at: one HTML page that needs nothing but a browser.
+"""Show the thoughts of a model about a text on one HTML page.
 
     python -m tools.page --model FOLDER --text FILE --html out.html
 
-read_thoughts lets a model think after every token of a text, as in training; render colours each
-token by what its thoughts did to the next token's log-probability. page.html is the page, with a
-$name wherever render puts something in. Whatever a model or a text has said is escaped there, or
-stands in json_block, from where the page's script takes it as text, never as markup.
+read_thoughts lets the model think after every token of the text, as in training. render colours
+each token by the change of the next token's log-probability. page.html is the template. Text and
+thoughts are escaped there, or are in json_block, which the script reads as text, never as markup.
 """
 
 import argparse
@@ -19,88 +18,78 @@ from pathlib import Path
 from string import Template
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
+from model import check_at_least
 from support.checkpoints import load
 from support.device import pick_device
 from support.files import write_text
 from support.terminal import execute, make_parser, show_status
-from support.text import Tokens, read_documents, tokenize
+from support.text import Tokens, read_tokens
 from support.tokenizer import Tokenizer
 from thoughts import Output, QuietStar, ThoughtConfig, reward
 
 # Nats at which a colour begins, also in page.html's legend: 1.03, 1.1, 1.3, 2.7 times as likely
 BOUNDS = (0.03, 0.1, 0.3, 1.0)
-LISTED = 5  # thoughts in each of the summary's lists
+LISTED = 5  # thoughts in each list of the summary
 
 
 class Thought(NamedTuple):
-    """A sampled thought and what it did."""
+    """A sampled thought and its effect."""
 
     text: str
-    reward: float | None  # r_j of the paper in nats; None where one of the A targets is missing
+    reward: float | None  # r_j in nats; None if one of the A targets is missing
     weight: float  # the mixing weight w for the next token
     logp: float  # of the next token after this thought, in nats
 
 
 class Record(NamedTuple):
-    """A token of the text and its thoughts about the next one."""
+    """A token of the text and its thoughts."""
 
     text: str
-    logp: float | None  # of the next token without a thought, in nats; None: it is no target
-    thoughts: list[Thought]  # N, or none where nothing is to be predicted
+    logp: float | None  # of the next token without a thought, in nats; None if it is no target
+    thoughts: list[Thought]  # N, or none if there is no target
 
     def gain(self, thought: Thought) -> float:
-        """By how much this thought raised the log p of the next token, in nats."""
+        """The change of the next token's log p by a thought, in nats."""
         return thought.logp - self.logp
 
     def mean_gain(self) -> float | None:
-        """The mean of the gains, which is the token's colour; None without thoughts."""
+        """The mean gain of the thoughts, which sets the token's colour. None without thoughts."""
         gains = [self.gain(thought) for thought in self.thoughts]
         return sum(gains) / len(gains) if gains else None
 
 
-# ------------------------------------------------------------------------------------- the records
-
-
 def records_of(output: Output, ids: list[int], tokenizer: Tokenizer) -> Iterator[Record]:
     """A Record for each position of a forward pass over one text ids [T]."""
+    output = Output(*(x.cpu() for x in output))
     r = reward(output.talk_nll, output.base_nll, output.positions, output.valid)  # [1, N, J]
     numbers = torch.stack([r[0], output.weight[0, 0], -output.talk_nll[0, 0]])  # [3, N, J]
-    columns = zip(
-        output.positions.tolist(),
-        output.valid[:, 0].T.tolist(),  # [J, A]
-        (-output.base_nll[0, output.positions]).tolist(),  # [J]
-        output.thought_ids[0].transpose(0, 1).tolist(),  # [J, N, K]
-        numbers.permute(2, 1, 0).tolist(),  # [J, N, 3]
-        strict=True,
-    )
-    for j, valid, base_logp, thoughts, rows in columns:
-        shown = [
+    for i, j in enumerate(output.positions.tolist()):
+        text, valid = tokenizer.spell([ids[j]]), output.valid[:, 0, i].tolist()  # [A]
+        thoughts = [
             Thought(tokenizer.spell(thought), r_j if all(valid) else None, w, logp)
-            for thought, (r_j, w, logp) in zip(thoughts, rows, strict=True)
+            for thought, (r_j, w, logp) in zip(
+                output.thought_ids[0, :, i].tolist(), numbers[:, :, i].T.tolist(), strict=True
+            )
         ]
-        is_target, text = valid[0], tokenizer.spell([ids[j]])
-        yield Record(text, base_logp, shown) if is_target else Record(text, None, [])
+        base_logp = -output.base_nll[0, j].item()
+        yield Record(text, base_logp, thoughts) if valid[0] else Record(text, None, [])
 
 
 @torch.no_grad()
 def read_thoughts(
     model: QuietStar, tokenizer: Tokenizer, text: Tokens, context: int, generator: torch.Generator
 ) -> Iterator[Record]:
-    """A Record for every token of a text, thoughts sampled at temperature 1.
+    """A Record for every token of a text, with thoughts sampled at temperature 1.
 
-    The text is read in sequences of `context` tokens, each on its own. The last A tokens of one are
-    the first of the next, so that every thought has its A targets, but for those at the text's end.
-    ValueError if a sequence has no room for a token and its A targets.
+    Each sequence of `context` tokens begins with the last A tokens of the one before, so that all
+    thoughts but the last have A targets. Raises ValueError if context is too small for this.
     """
-    A, length = model.config.n_true, len(text.ids)
+    A, length, start = model.config.n_true, len(text.ids), 0
     if context <= A:
-        raise ValueError(
-            f"context is {context}; it must be at least {A + 1}: a token and the {A} that "
-            "its thought is scored on"
-        )
-    start = 0
+        raise ValueError(f"context is {context}; it must be at least {A + 1}: a token and {A} more")
     while start < length - 1:
         ids, is_target = text.ids[start : start + context], text.is_target[start : start + context]
         thinking = len(ids) - (1 if start + context >= length else A)
@@ -111,11 +100,8 @@ def read_thoughts(
     yield Record(tokenizer.spell(text.ids[-1:].tolist()), None, [])
 
 
-# ---------------------------------------------------------------------------------------- the page
-
-
 def visible(text: str) -> str:
-    r"""The text with \x07 and the like for what is neither printable nor a new line or tab."""
+    r"""The text with escapes like \x07 for unprintable characters except newlines and tabs."""
     return "".join(
         char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode()
         for char in text
@@ -123,29 +109,23 @@ def visible(text: str) -> str:
 
 
 def escaped(text: str) -> str:
-    """The text on one line as HTML."""
+    """The text as HTML on one line."""
     return html.escape(visible(text).replace("\n", "↵").replace("\t", "⇥"))
 
 
 def signed(nats: float) -> str:
-    """A number with its sign, a minus that screen readers do not pass over."""
+    """A number with its sign. Screen readers read this minus."""
     return f"{nats:+.3f}".replace("-", "−")
 
 
-def level(gain: float | None) -> int:
-    """The colour of a gain in nats: 1 .. 4 raised, -1 .. -4 lowered, 0 neither (or None)."""
-    size = bisect_right(BOUNDS, abs(gain or 0.0))
-    return size if (gain or 0.0) > 0 else -size
-
-
 def color_class(gain: float | None) -> str:
-    """The attribute that colours a token or number by its gain; none for no colour."""
-    size = level(gain)
-    return f' class="{"raised" if size > 0 else "lowered"}{abs(size)}"' if size else ""
+    """The HTML attribute for the colour of a gain in nats; empty for None and for no colour."""
+    size = bisect_right(BOUNDS, abs(gain or 0.0))
+    return f' class="{"raised" if gain > 0 else "lowered"}{size}"' if size else ""
 
 
 def token_span(index: int, record: Record, linked: set[int]) -> str:
-    """A token as HTML: blanks are marked, and still blanks to whoever copies the text."""
+    """A token as HTML. White space is marked, and copied as white space."""
     text = html.escape(visible(record.text))
     for blank, mark in (("\n", "<b></b>\n"), (" ", "<i> </i>"), ("\t", "<i>\t</i>")):
         text = text.replace(blank, mark)
@@ -154,34 +134,31 @@ def token_span(index: int, record: Record, linked: set[int]) -> str:
 
 
 def json_block(records: list[Record]) -> str:
-    """The records as JSON that no text in it can end: [logp, [[text, reward, w, logp], ...]]."""
+    """The records as JSON: [logp, [[text, reward, w, logp], ...]] each, without "<"."""
 
-    def short(number: float | None) -> float | None:
-        return None if number is None else round(number, 4)
+    def short(*numbers: float | None) -> list[float | None]:
+        return [number and round(number, 4) for number in numbers]
 
     rows = [
-        [short(record.logp), [[visible(t.text), *map(short, t[1:])] for t in record.thoughts]]
+        [*short(record.logp), [[visible(t.text), *short(*t[1:])] for t in record.thoughts]]
         for record in records
     ]
     return json.dumps(rows, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
 def extremes(records: list[Record], sign: int) -> list[tuple[int, Thought]]:
-    """The thoughts that raised (sign 1) or lowered (-1) the next token's log p most.
-
-    One of a token, at most LISTED, the most extreme first, with the index of their token.
-    """
+    """(index, thought) of the LISTED tokens with the largest gains (sign 1) or losses (-1)."""
 
     def size(entry: tuple[int, Thought]) -> float:
         return sign * records[entry[0]].gain(entry[1])
 
-    thinking = [(i, record.thoughts) for i, record in enumerate(records) if record.thoughts]
-    each = [max(((i, thought) for thought in thoughts), key=size) for i, thoughts in thinking]
+    tokens = [[(i, x) for x in record.thoughts] for i, record in enumerate(records)]
+    each = [max(entries, key=size) for entries in tokens if entries]  # one thought per token
     return [entry for entry in sorted(each, key=size, reverse=True)[:LISTED] if size(entry) > 0]
 
 
 def summary(entries: list[tuple[int, Thought]], records: list[Record]) -> str:
-    """Thoughts as the items of a list, each linked to its token."""
+    """Thoughts as the items of an HTML list, each with a link to its token."""
     items = []
     for index, thought in entries:
         gain = records[index].gain(thought)
@@ -197,35 +174,36 @@ def summary(entries: list[tuple[int, Thought]], records: list[Record]) -> str:
     return "\n".join(items) or "<li>none</li>"
 
 
-def figures(records: list[Record]) -> dict[str, str]:
-    """What the thoughts of all tokens did together; ValueError if no token has any."""
+def figures(records: list[Record], heard: bool) -> dict[str, str]:
+    """Numbers over all tokens. Raises ValueError if no token has a thought."""
     gains = [gain for record in records if (gain := record.mean_gain()) is not None]
     if not gains:
         raise ValueError("the text has nothing to predict; it needs at least two tokens")
     without = sum(r.logp for r in records if r.logp is not None) / len(gains)
-    change = sum(gains) / len(gains)
+    change, colors = sum(gains) / len(gains), "".join(map(color_class, gains))
+    shown = f"<em{color_class(change)}>{signed(change)}</em>"
     return {
         "predicted": f"{len(gains):,}",
         "without": signed(without),
         "with": signed(without + change),
-        "change": f"<em{color_class(change)}>{signed(change)}</em>",
-        "raised": f"{100 * sum(level(gain) > 0 for gain in gains) / len(gains):.1f}",
-        "lowered": f"{100 * sum(level(gain) < 0 for gain in gains) / len(gains):.1f}",
+        "change": shown if heard else "none: all w = 1, so thoughts are not heard yet",
+        "raised": f"{100 * colors.count('raised') / len(gains):.1f}",
+        "lowered": f"{100 * colors.count('lowered') / len(gains):.1f}",
     }
 
 
 def render(
     records: list[Record], title: str, config: ThoughtConfig, seed: int, context: int
 ) -> str:
-    """The page of a text's records as HTML; ValueError if no token of the text has a thought."""
-    strongest, worst = extremes(records, 1), extremes(records, -1)
-    linked = {index for index, _ in strongest + worst}
-    siblings = config.n_thoughts > 1
+    """The page of a text's records as HTML. Raises ValueError if no token has a thought."""
+    heard = any(thought.weight != 1 for record in records for thought in record.thoughts)
+    strongest, worst = (extremes(records, sign) if heard else [] for sign in (1, -1))
+    linked, siblings = {index for index, _ in strongest + worst}, config.n_thoughts > 1
     page = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
-    return page.substitute(  # in one pass: a $name that a text holds stays as it is
-        figures(records) | asdict(config),
+    return page.substitute(  # in one pass: a $name in the text stays as it is
+        figures(records, heard) | asdict(config),
         title=escaped(title),
-        usual="the token's thoughts do on average" if siblings else "they are without a thought",
+        usual="the token's thoughts did on average" if siblings else "without a thought",
         seed=seed,
         context=context,
         strongest=summary(strongest, records),
@@ -236,34 +214,29 @@ def render(
     )
 
 
-# ------------------------------------------------------------------------------ the command line
-
-
 def run(options: argparse.Namespace) -> None:
-    """Let a model think about a text and write the page."""
+    """Let a model think about a text, and write the page."""
     out = Path(options.html)
-    if not out.absolute().parent.is_dir():
-        raise ValueError(f"--html {out}: its folder does not exist; make it first")
-    if out.is_dir():
-        raise ValueError(f"--html {out} is a folder; give the name of a file")
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise ValueError(f"--html is {out}; it must be a file in a folder that exists")
+    check_at_least(options, max_tokens=2)
     if not 0 <= options.seed < 2**63:
         raise ValueError(f"--seed is {options.seed}; it must be a whole number from 0 to 2**63 - 1")
     device = pick_device(options.device)
     model, tokenizer = load(options.model, device)
     if not isinstance(model, QuietStar):
-        raise ValueError(
-            f"{options.model} is a plain model: it has no thoughts to show; give a thinking one"
-        )
-    text = tokenize(read_documents([options.text]), tokenizer)
-    text = Tokens(text.ids.to(device), text.is_target.to(device))
-    generator = torch.Generator().manual_seed(options.seed)
-    records, count = [], len(text.ids)
+        raise ValueError(f"{options.model} is a plain model: it has no thoughts to show")
+    text, part = read_tokens([options.text], tokenizer), slice(options.max_tokens)
+    ids, is_target = (np.asarray(x[part]) for x in (text.ids, text.is_target))
+    ids, is_target = ids.astype(np.int64), is_target.astype(bool)  # copies, not maps of the disk
+    text = Tokens(*(torch.from_numpy(x).to(device) for x in (ids, is_target)))
+    generator, records = torch.Generator().manual_seed(options.seed), []
     for record in read_thoughts(model, tokenizer, text, options.context, generator):
         records.append(record)
-        show_status(f"{len(records)} of {count} tokens", len(records), count, sys.stderr)
+        line = f"{len(records)} of {len(ids)} tokens"
+        show_status(line, len(records), len(ids), sys.stderr)
     title = f"Thoughts of {options.model} on {options.text}"
-    page = render(records, title, model.config, options.seed, options.context)
-    write_text(out, page)
+    write_text(out, render(records, title, model.config, options.seed, options.context))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -271,11 +244,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--model", required=True, metavar="FOLDER", help="checkpoint folder of a thinking model")
-    add("--text", required=True, metavar="FILE", help="text or .jsonl file to think about")
+    add("--text", required=True, metavar="FILE", help="text, .jsonl, or folder of tools.prepare")
     add("--html", required=True, metavar="FILE", help="page to write")
     add("--context", type=int, default=256, help="tokens in a sequence (256)")
+    add("--max-tokens", type=int, help="first tokens of the text to read; none: all")
     add("--seed", type=int, default=0, help="of the sampling (0)")
-    add("--device", help="cpu, cuda, mps; none: the best there is")
+    add("--device", help="cpu, cuda, mps; none: the best one available")
     execute(parser, run, arguments)
 
 

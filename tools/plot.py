@@ -1,89 +1,82 @@
-"""Draw the training curves of a run of train.py; needs matplotlib.
+"""Draw the training curves of a run of train.py. Needs matplotlib.
 
 python -m tools.plot runs/1 --out curves.png
 """
 
 import argparse
-import json
 from pathlib import Path
 
+from support.files import json_object, read_utf8
 from support.terminal import execute, make_parser
 
-CURVES = {  # title of a panel: metrics drawn in it, with their labels
-    "loss of a token (nats)": {
+CURVES = {  # title of a panel: metrics in it, with their labels
+    "loss per token (nats)": {
         "init_nll": "without thoughts",
         "talk_nll": "with thoughts",
-        "eval_init_nll": "held out, without",  # these two with --eval-data only
-        "eval_talk_nll": "held out, with",
+        "eval_init_nll": "held-out text, without",  # these two only with --eval-data
+        "eval_talk_nll": "held-out text, with",
     },
-    "reward of a thought (nats)": {"reward": "reward"},
-    "mixing weight": {"weight": "w (1: not heard)"},
+    "reward in REINFORCE (nats)": {"reward": "reward"},
+    "mixing weight (1: thoughts ignored)": {"weight": "w"},
+    "entropy per thought token (nats)": {"entropy": "entropy"},
+    "shares": {"rewarded": "rewards other than 0", "distinct": "distinct thoughts"},
 }
-COLORS = ("#c8650a", "#2470b8")  # the page's orange and blue, dark enough for thin lines
+COLORS = ("#c8650a", "#2470b8")  # the page's orange and blue, darker for thin lines
+Metrics = dict[str, list[tuple[float, float]]]  # {name: [(step, value), ...]}
 
 
-def read_metrics(run: Path) -> dict[str, list[tuple[float, float]]]:
-    """What Quiet-STaR's steps logged in a run's folder: {name: [(step, value), ...]}.
+def read_metrics(run: Path) -> Metrics:
+    """The metrics in CURVES that Quiet-STaR's steps have logged in a run's folder.
 
-    A last line that is not finished is left out: the run may be writing it. ValueError names a file
-    or line that does not fit.
+    An unfinished last line is skipped. Raises ValueError for other bad lines or without metrics.
     """
-    path = run / "metrics.jsonl"
-    try:
-        whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {path}: {error}; give the folder of a run") from None
-    metrics: dict[str, list] = {name: [] for panel in CURVES.values() for name in panel}
-    for number, line in enumerate(whole.splitlines(), 1):
-        try:
-            row = json.loads(line)
-            if row["stage"] == "quiet_star" and "talk_nll" not in row:
-                raise ValueError("a step without thoughts has no curves here")
-            if row["stage"] == "quiet_star":
-                for name, points in metrics.items():
-                    if name in row or not name.startswith("eval_"):
-                        points.append((float(row["step"]), float(row[name])))
-        except (ValueError, KeyError, TypeError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{path}, line {number} cannot be drawn: {reason}") from None
-    if not metrics["talk_nll"]:
-        raise ValueError(f"{path} has no step of Quiet-STaR yet")
+    path, metrics = run / "metrics.jsonl", {}
+    for number, line in enumerate(read_utf8(path).split("\n")[:-1], 1):
+        row = json_object(line, f"{path}, line {number}")
+        for name in [name for panel in CURVES.values() for name in panel if name in row]:
+            try:
+                point = float(row["step"]), float(row[name])
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"{path}, line {number}: {name} has no value: {error!r}") from None
+            metrics.setdefault(name, []).append(point)
+    if not metrics:
+        raise ValueError(f"{path} has no step with thoughts yet, so there is nothing to draw")
     return metrics
 
 
-def draw(metrics: dict[str, list[tuple[float, float]]], out: Path) -> None:
-    """Draw the curves into a file, whose name says its format (.png, .svg, .pdf).
-
-    ValueError without matplotlib or for a format that it does not write.
-    """
+def draw(metrics: Metrics):
+    """A matplotlib Figure with a panel for each kind of metric. ValueError without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
-        raise ValueError("curves are drawn by matplotlib: pip install matplotlib") from None
-    figure = Figure(figsize=(10, 3), layout="constrained")
-    for axes, (title, panel) in zip(figure.subplots(1, len(CURVES)), CURVES.items(), strict=True):
-        there = [name for name in panel if metrics[name]]
-        for i, name in enumerate(there):
-            style, color = "--" if name.startswith("eval_") else "-", COLORS[(i - len(there)) % 2]
-            axes.plot(*zip(*metrics[name], strict=True), style, color=color, label=panel[name])
+        raise ValueError("matplotlib is missing: pip install matplotlib") from None
+    panels = {title: names for title, names in CURVES.items() if {*names} & {*metrics}}
+    figure = Figure(figsize=(3.4 * len(panels), 3.6), layout="constrained")
+    for axes, title in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for i, (name, label) in enumerate(panels[title].items()):
+            if name in metrics:
+                style = ".--" if name.startswith("eval_") else "-"
+                color = COLORS[i % 2 - len(panels[title]) % 2]
+                axes.plot(*zip(*metrics[name], strict=True), style, color=color, label=label)
         axes.set_title(title, fontsize="medium")
         axes.set_xlabel("step")
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.spines[["top", "right"]].set_visible(False)
-        if len(panel) > 1:
-            axes.legend(frameon=False)
-    figure.savefig(out, dpi=100)
+        if len(axes.lines) > 1:  # a legend below the axes, where it covers no curve
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
+    return figure
 
 
 def run(options: argparse.Namespace) -> None:
-    """Read, draw."""
-    draw(read_metrics(Path(options.run)), Path(options.out))
+    """Read the metrics and write the picture."""
+    draw(read_metrics(Path(options.run))).savefig(options.out, dpi=100)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = make_parser(__doc__)
     parser.add_argument("run", metavar="FOLDER", help="folder of the run, with its metrics.jsonl")
-    parser.add_argument("--out", required=True, metavar="FILE", help="picture to write")
+    parser.add_argument("--out", required=True, metavar="FILE", help="picture: .png, .svg, .pdf")
     execute(parser, run, arguments)
 
 

@@ -1,8 +1,9 @@
-"""Chains of thought and their votes, and what is written where."""
+"""Chains of thought and their votes, and where results are written."""
 
 import json
 from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,6 @@ from eval import Question
 from support.tokenizer import load_tokenizer, save_byte_tokenizer
 from thoughts import save_quiet_star
 from tools import chains
-from tools.chains import Chains
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_chains_of_thought(monkeypatch):
         return [" So 3. \n", " So 2.", ""] if samples == 3 else [next(answers)]
 
     monkeypatch.setattr(chains, "write", write)
-    settings = Chains(samples=3, temperature=0.5, max_new_tokens=9, seed=0)
+    settings = SimpleNamespace(samples=3, temperature=0.5, max_new_tokens=9, seed=0)
     result = chains.answer_after_chains(None, Question(0, "x?", "2"), None, settings)
     thinking = "Q: x?\nA: Let's think step by step."
     asked = "\nTherefore, the answer (arabic numerals) is"
@@ -88,7 +88,7 @@ def test_every_question_has_its_own_randomness(monkeypatch):
 
     monkeypatch.setattr(chains, "write", write)
     for seed, number in [(0, 1), (0, 2), (1, 1), (0, 1)]:
-        settings = Chains(1, 0.7, 9, seed)
+        settings = SimpleNamespace(samples=1, temperature=0.7, max_new_tokens=9, seed=seed)
         chains.answer_after_chains(None, Question(number, "x?", "2"), None, settings)
     chain_seeds, answer_seeds = seeds[::2], seeds[1::2]
     assert chain_seeds == answer_seeds  # one generator a question
@@ -114,10 +114,9 @@ def options(tmp_path, monkeypatch):
 
 def test_a_killed_run_continues_to_the_same_results(options, tmp_path, capsys):
     chains.main(options)
-    table, out = (
-        capsys.readouterr().out,
-        Path("runs") / f"{tmp_path.parent.name}-{tmp_path.name}-gsm8k-cot.jsonl",
-    )
+    table = capsys.readouterr().out
+    out = Path("runs") / f"{tmp_path.parent.name}-{tmp_path.name}-gsm8k-cot.jsonl"
+    assert table.endswith(f"a line for each question is in {out}\n")
     assert "gsm8k, 3 questions" in table
     assert "with thoughts" in table
     assert chains.SCORES["majority_accuracy"] in table
@@ -140,7 +139,7 @@ def test_results_of_other_chains_are_refused(options, tmp_path, capsys, monkeypa
     with pytest.raises(SystemExit) as stopped:
         chains.main([*options, *change])
     assert stopped.value.code == 2
-    assert "has other results than of" in capsys.readouterr().err
+    assert "has other results" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -155,11 +154,17 @@ def test_results_of_other_chains_are_refused(options, tmp_path, capsys, monkeypa
         (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
     ],
 )
-def test_bad_options(options, tmp_path, capsys, change, message):
+def test_bad_options(options, capsys, change, message):
     with pytest.raises(SystemExit) as stopped:
         chains.main([*options, *change])
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
-    assert not (tmp_path / "gsm8k-cot.jsonl").exists()
+    assert not Path("runs").exists()
+
+
+def test_help_says_where_results_go(capsys):
+    with pytest.raises(SystemExit):
+        chains.main(["--help"])
+    assert "runs/RUN-MODEL-gsm8k-cot.jsonl" in capsys.readouterr().out

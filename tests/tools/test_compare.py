@@ -1,4 +1,4 @@
-"""The comparison on a pretrained model: what is held out, what is compared, what is resumed."""
+"""The comparison on a pretrained model: held-out text, losses, differences, resuming."""
 
 import json
 import math
@@ -16,32 +16,48 @@ from support.tokenizer import load_tokenizer, save_byte_tokenizer
 from thoughts import save_quiet_star
 from tools import compare
 
+TRAINING = "--steps 2 --batch-size 2 --context 12 --lr 1e-2 --warmup 1 --thought-length 2"
 
-@pytest.fixture
-def files(tmp_path):
-    """A model, a text of 25 lines, and 20 questions, in the form of GSM8K's."""
-    model = tiny_quiet_star(V=258).model
-    save_mistral(model, tmp_path / "model")
-    save_byte_tokenizer(tmp_path / "model")
-    text, questions = tmp_path / "text.txt", tmp_path / "questions.jsonl"
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A model, its folder, a text of 25 lines, and 20 questions in the form of GSM8K's."""
+    folder, model = tmp_path_factory.mktemp("files"), tiny_quiet_star(V=258).model
+    save_mistral(model, folder / "model")
+    save_byte_tokenizer(folder / "model")
+    text, questions = folder / "text.txt", folder / "questions.jsonl"
     text.write_text("".join(f"Line {i}.\n" for i in range(25)))
     pairs = [{"question": f"Is it {i}?", "answer": f"#### {i}"} for i in range(20)]
     questions.write_text("\n".join(map(json.dumps, pairs)))
-    return model, [str(text), str(questions)]
+    return model, folder / "model", [str(text), str(questions)]
+
+
+def arguments(files, out, *more, seeds=2, limit=3, training=TRAINING):
+    options = ["--checkpoint", str(files[1]), "--data", *files[2], "--device", "cpu"]
+    options += ["--out", str(out), "--gsm8k", files[2][1], "--limit", str(limit), *more]
+    return ["--seeds", str(seeds), *options, "--", *training.split()]
+
+
+def refused(capsys, given):
+    """The one line of the error message for bad input."""
+    with pytest.raises(SystemExit) as stopped:
+        compare.main(given)
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
 
 
 def test_the_last_tenth_is_held_out(files):
-    known, held_out = compare.split_text(files[1])
+    known, held_out = compare.split_text(files[2])
     assert known[0].splitlines() == [f"Line {i}." for i in range(23)]
     assert held_out[0] == "Line 23.\nLine 24.\n"
     assert known[1:] == [f"Is it {i}?\n#### {i}" for i in range(18)]
     assert held_out[1:] == ["Is it 18?\n#### 18", "Is it 19?\n#### 19"]
 
 
-def test_thoughts_equal_thinking_slowly(files, tmp_path):
+def test_thoughts_equal_thinking_slowly(files):
     """At token 5 of 10: the thought after 5 tokens, and log p of the sixth."""
     model, ids = tiny_quiet_star(V=258), random_ids(2, 10, V=258)
-    shown = compare.show_thoughts(model, load_tokenizer(tmp_path / "model"), ids)
+    shown = compare.show_thoughts(model, load_tokenizer(files[1]), ids)
     for line, text in zip(shown.splitlines(), ids, strict=True):
         slow = think_slowly(model, text[:6], 4, None)
         plain = torch.log_softmax(model.model(text[None])[0, 4], -1)[text[5]]
@@ -55,9 +71,13 @@ def test_losses_equal_thinking_slowly(monkeypatch):
     model, ids = tiny_quiet_star(n_true=1), random_ids(3, 8)
     mask, positions = torch.ones_like(ids, dtype=torch.bool), torch.tensor([1, 4])
     mask[2, 5] = False
-    greedy = compare.held_out_nll(model, "thoughts", ids, mask, positions)
-    pause = compare.held_out_nll(model, "pause", ids, mask, positions)
-    alone = compare.held_out_nll(model, "none", ids, mask, positions)
+    greedy, pause, alone = (
+        {way: torch.tensor(nll) for way, nll in found.items()}
+        for found in (
+            compare.held_out_nll(model, arm, ids, mask, positions)
+            for arm in ("thoughts", "pause", "none")
+        )
+    )
     assert [[*found] for found in (greedy, pause, alone)] == [
         ["without", "with", "shuffled"],
         ["without", "with"],
@@ -123,11 +143,10 @@ def test_a_difference_by_hand():
     assert values == pytest.approx([0.75 / 1.5, 1 / 1.5])  # (1 + .5) / 2, (.5 + 1.5) / 2
     assert seeds == pytest.approx([1.5 / 3, 2 / 3])
     keys = ("thoughts", "with"), ("none", "without")
-    row = compare.show_difference(*keys, dict(zip(keys, (first, second), strict=True)))
-    assert "| +0.5833 | +0.5000 .. +0.6667 | +0.5000 +0.6667 |" in row
+    row = compare.difference_row(*keys, dict(zip(keys, (first, second), strict=True)))
     sequences = seeds = 2 * (1 / 12) ** 2 / (2 - 1)
-    seen = 2.8 * math.sqrt(sequences / 2 + seeds / 2)
-    assert row.endswith(f"| {seen:.4f} |")
+    detectable = 2.8 * math.sqrt(sequences / 2 + seeds / 2)
+    assert row[1:] == ["+0.5833", "+0.5000 .. +0.6667", "+0.5000 +0.6667", f"{detectable:.4f}"]
 
 
 def test_a_report_by_hand():
@@ -168,20 +187,26 @@ def test_a_report_by_hand():
     assert text.endswith("    what was thought\n")
 
 
-def arguments(
-    tmp_path, files, training="--steps 2 --batch-size 2 --context 12 --lr 1e-2 --warmup 1"
-):
-    options = ["--checkpoint", str(tmp_path / "model"), "--data", *files[1], "--device", "cpu"]
-    options += ["--out", str(tmp_path / "out"), "--gsm8k", files[1][1], "--limit", "3"]
-    return ["--seeds", "2", *options, "--", *training.split(), "--thought-length", "2"]
-
-
 RUNS = [f"seed{seed}/{arm}" for seed in (0, 1) for arm in ("none", "pause", "thoughts")]
 
 
-def test_comparison(tmp_path, files, monkeypatch):
-    compare.main(arguments(tmp_path, files))
-    out = tmp_path / "out"
+@pytest.fixture(scope="module")
+def finished(files, tmp_path_factory):
+    """The folder of a comparison, and the arguments of all Tokens.batch calls."""
+    out, batch, drawn = tmp_path_factory.mktemp("finished") / "out", Tokens.batch, []
+
+    def watch(self, step, *rest):
+        drawn.append((step, *rest[:3]))
+        return batch(self, step, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tokens, "batch", watch)
+        compare.main(arguments(files, out))
+    return out, drawn
+
+
+def test_comparison(files, finished, monkeypatch):
+    out = finished[0]
     report = (out / "report.md").read_text()
     rows = re.findall(r"^\| ([^|]+) \| (\d+\.\d{4}) \| ([\d. ]+) \|$", report, re.MULTILINE)
     assert [name for name, *_ in rows] == [*compare.LABELS.values()]
@@ -199,104 +224,81 @@ def test_comparison(tmp_path, files, monkeypatch):
     assert f"{len(nll)} tokens of {len(ids) // 12} sequences" in report
     assert report.count("thought '") + report.count('thought "') == len(ids) // 12
 
-    task = report.split("| gsm8k |")[1].split("Thoughts in the middle")[0]
+    task = report.split("| gsm8k |")[1].split("Greedy thoughts in the middle")[0]
     assert len(re.findall(r"^\| .* \[.*\] \| .* \[.*\] \|$", task, re.MULTILINE)) == 8
     for name in ("before", *RUNS):
         lines = (out / f"{name}-gsm8k.jsonl").read_text().splitlines()
         assert len(lines) == 1 + 3
         assert ("with thoughts" in lines[1]) == ("pause" in name or "thoughts" in name)
 
-    compare.main(["--sequences", "2", *arguments(tmp_path, files)])
-    assert "of 2 sequences" in (out / "report.md").read_text()
-    compare.main(arguments(tmp_path, files))
     metrics = [(out / run / "metrics.jsonl").read_text() for run in RUNS]
-    times = [file.stat().st_mtime_ns for file in out.glob("seed*/*.json*")]
+    compare.main(arguments(files, out, "--sequences", "2"))  # measured again, not trained again
+    assert "of 2 sequences" in (out / "report.md").read_text()
+    compare.main(arguments(files, out))
     monkeypatch.setattr(compare, "held_out_nll", None)  # finished: nothing is done again
-    compare.main(arguments(tmp_path, files))
+    compare.main(arguments(files, out))
     assert metrics == [(out / run / "metrics.jsonl").read_text() for run in RUNS]
-    assert len(times) == 2 * len(RUNS)
     assert report == (out / "report.md").read_text()
 
 
 def test_questions_are_answered_after_pauses(tmp_path, files, monkeypatch):
     monkeypatch.setattr(compare, "pausing", lambda model: model.model)
-    compare.main(arguments(tmp_path, files))
+    compare.main(arguments(files, tmp_path, seeds=1, limit=1))
     for arm in ("pause", "thoughts"):
-        line = (tmp_path / "out" / "seed0" / f"{arm}-gsm8k.jsonl").read_text().splitlines()[1]
+        line = (tmp_path / "seed0" / f"{arm}-gsm8k.jsonl").read_text().splitlines()[1]
         assert ("with thoughts" in line) == (arm == "thoughts")
 
 
-def test_batches_are_the_same_and_reinforce_has_a_part_in_one(tmp_path, files, monkeypatch):
-    batch, drawn = Tokens.batch, []
-
-    def watch(self, step, *rest):
-        drawn.append((step, *rest[:3]))
-        return batch(self, step, *rest)
-
-    monkeypatch.setattr(Tokens, "batch", watch)
-    compare.main([*arguments(tmp_path, files), "--policy-weight", "0.5"])
-    # The first batch is drawn once more, to see whether the text is long enough.
+def test_batches_are_the_same_and_reinforce_has_a_part_in_one(finished):
+    out, drawn = finished
+    # The first batch is drawn once more, to check that the text is long enough.
     drawn = [given for given in drawn if given[1] == 2 and given[2] == 12]
     assert [drawn.count((step, 2, 12, seed)) for step in (0, 1) for seed in (0, 1)] == [6, 6, 3, 3]
     for run in RUNS:
-        saved = json.loads((tmp_path / "out" / run / "settings.json").read_text())
-        assert saved["thoughts"]["policy_weight"] == 0.5
-        lines = (tmp_path / "out" / run / "metrics.jsonl").read_text().splitlines()
+        saved = json.loads((out / run / "settings.json").read_text())
+        assert saved["thoughts"]["thought_length"] == 2
+        lines = (out / run / "metrics.jsonl").read_text().splitlines()
         assert len(lines) == 2
-        last = json.loads(lines[-1])  # at first w = 1, and all thoughts are alike
+        last = json.loads(lines[-1])  # at first w = 1, and all thoughts are equal
         assert ("reward" in last) == ("none" not in run)
         assert (last.get("policy_loss", 0.0) != 0) == ("thoughts" in run)
 
 
-def test_a_comparison_keeps_its_settings(tmp_path, files, capsys):
-    compare.main([*arguments(tmp_path, files), "--steps", "1"])
-    with pytest.raises(SystemExit) as stopped:
-        compare.main(arguments(tmp_path, files, training="--steps 9"))
-    assert stopped.value.code == 2
-    assert "seed0/none/settings.json has other settings (" in capsys.readouterr().err
-    with open(files[1][0], "a") as text:
-        text.write("One more line.\n" * 20)
-    with pytest.raises(SystemExit) as stopped:
-        compare.main([*arguments(tmp_path, files), "--steps", "1"])
-    assert stopped.value.code == 2
-    assert "train.jsonl is of other --data" in capsys.readouterr().err
-
-
-def test_bad_input(tmp_path, files, capsys):
-    (tmp_path / "short.txt").write_text("One line.")
-    out = ["--out", str(tmp_path / "out")]
-    for options, message in (
-        (["--data", str(tmp_path / "short.txt")], "nothing can be held out"),
-        (["--data", *files[1], "--sequences", "1"], "sequences is 1; it must be at least 2"),
-        (["--data", *files[1], "--csqa", "nowhere"], "there is no file nowhere"),
-    ):
-        with pytest.raises(SystemExit) as stopped:
-            compare.main(["--checkpoint", str(tmp_path / "model"), *options, *out])
-        assert stopped.value.code == 2
-        assert message in capsys.readouterr().err
-        assert not (tmp_path / "out").exists()
+def test_a_comparison_keeps_its_settings(files, finished, tmp_path, capsys):
+    error = refused(capsys, arguments(files, finished[0], training="--steps 9"))
+    assert "seed0/none/settings.json has other settings (" in error
+    (tmp_path / "other.txt").write_text("Another line.\n" * 20)
+    error = refused(capsys, arguments(files, finished[0], "--data", str(tmp_path / "other.txt")))
+    assert "train.jsonl is of other --data" in error
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("more", "training", "message"),
     [
-        (["--", "--context", "4000"], "two sequences of 4000"),
-        (["--", "--steps", "0"], "steps is 0"),
-        (["--", "--seed", "1"], "--seed behind -- is set by this script"),
-        (["--", "--out", "x"], "--out behind -- is set by this script"),
-        (["--limit", "0"], "limit is 0"),
+        ([], "--context 4000", "two sequences of 4000"),
+        ([], "--steps 0", "steps is 0"),
+        ([], "--seed 1", "--seed after -- is set by this tool"),
+        ([], "--out x", "unrecognized arguments: --out x"),
+        (["--limit", "0"], "", "limit is 0"),
+        (["--data", "SHORT"], "", "nothing can be held out"),
+        (["--sequences", "1"], "", "sequences is 1; it must be at least 2"),
+        (["--csqa", "nowhere"], "", "cannot read nowhere"),
     ],
 )
-def test_what_cannot_work_fails_before_training(tmp_path, files, capsys, options, message):
-    given = ["--checkpoint", str(tmp_path / "model"), "--data", *files[1]]
-    with pytest.raises(SystemExit) as stopped:
-        compare.main([*given, "--out", str(tmp_path / "out"), *options])
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
+def test_what_cannot_work_fails_before_training(tmp_path, files, capsys, more, training, message):
+    (tmp_path / "short.txt").write_text("One line.")
+    more = [option.replace("SHORT", str(tmp_path / "short.txt")) for option in more]
+    error = refused(capsys, arguments(files, tmp_path / "out", *more, training=training))
+    assert message in error
+    assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_that_thinks_already_can_be_compared(files, tmp_path):
+def test_a_model_that_thinks_already_can_be_compared(tmp_path):
     save_quiet_star(tiny_quiet_star(V=258, thought_length=1), tmp_path / "model")
-    compare.main(arguments(tmp_path, files))
-    assert "before" in (tmp_path / "out" / "report.md").read_text()
+    save_byte_tokenizer(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("One line.\n" * 40)
+    given = ["--checkpoint", str(tmp_path / "model"), "--data", str(tmp_path / "text.txt")]
+    given += ["--out", str(tmp_path / "out"), "--seeds", "1", "--device", "cpu"]
+    compare.main([*given, "--", *TRAINING.split()])
+    assert "| before | " in (tmp_path / "out" / "report.md").read_text()

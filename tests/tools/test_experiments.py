@@ -1,6 +1,8 @@
-"""The experiments: controls, what they cost by hand, what is run again and what is not, tables."""
+"""The experiments: controls, costs, tables, and which of them are run again."""
 
 import json
+import shutil
+from contextlib import contextmanager
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from types import SimpleNamespace
@@ -19,19 +21,58 @@ from thoughts import load_quiet_star
 from tools import experiments, objectives
 
 TINY = {"steps": 4, "base_steps": 4, "context": 16, "lr": 1e-3, "save_every": 2}
+RUNS = {  # experiments that are run once for all tests, and the options of train.py that they mean
+    "full": "", "A1": "--n-true 1", "few-positions": "--positions 4", "pause": "", "random": "",
+    "none": "", "init-random": "", "rlp": "",
+}  # fmt: skip
+
+
+@contextmanager
+def small_runs():
+    """Runs that take no time, in this process, on every twentieth puzzle."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "CORPUS_LINES", 300)
+        patch.setattr(train, "BASE", MistralConfig(258, 16, 32, 1, 2, 1))
+        patch.setitem(train.BASE_SETTINGS, "batch_size", 4)
+        patch.setattr(train, "BUILT_IN", TINY)
+        patch.setattr(train, "BUILT_IN_THOUGHTS", {"thought_length": 2, "n_true": 2})
+        patch.setattr(experiments, "HELD_OUT_LINES", 9)
+        all_puzzles = corpus.all_puzzles
+        patch.setattr(corpus, "all_puzzles", lambda held_out: all_puzzles(held_out)[::20])
+        context = SimpleNamespace(Pool=lambda workers, initializer: ThreadPool(1))
+        patch.setattr(experiments, "get_context", lambda method: context)
+        yield
 
 
 @pytest.fixture
-def small(monkeypatch):
-    """Runs that take no time, in this process."""
-    monkeypatch.setattr(train, "CORPUS_LINES", 300)
-    monkeypatch.setattr(train, "BASE", MistralConfig(258, 16, 32, 1, 2, 1))
-    monkeypatch.setitem(train.BASE_SETTINGS, "batch_size", 4)
-    monkeypatch.setattr(train, "BUILT_IN", TINY)
-    monkeypatch.setattr(train, "BUILT_IN_THOUGHTS", {"thought_length": 2, "n_true": 2})
-    monkeypatch.setattr(experiments, "HELD_OUT_LINES", 9)
-    context = SimpleNamespace(Pool=lambda workers, initializer: ThreadPool(1))
-    monkeypatch.setattr(experiments, "get_context", lambda method: context)
+def small():
+    with small_runs():
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with the results of RUNS, seeds 0 and 1. Tests must not write into it."""
+    out = tmp_path_factory.mktemp("finished")
+    with small_runs():
+        experiments.main(["--out", str(out), "--seeds", "2", "--only", *RUNS])
+    return out
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of it, and the arguments that made "full"."""
+    out = shutil.copytree(finished, tmp_path / "copied")
+    return out, ["--out", str(out), "--seeds", "1", "--only", "full"]
+
+
+def refused(capsys, arguments):
+    """The one line of the error message for bad input."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        experiments.main(arguments)
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------ the controls
@@ -59,10 +100,9 @@ def test_splitting_a_batch_changes_neither_gradient_nor_metrics(positions, name)
                 assert (value - parts[n]).abs().max() < 1e-5 * (1 + value.abs().max()), n
 
 
-def test_training_without_thoughts_is_that_of_a_language_model(tmp_path, small):
-    """The losses are those of the base model trained on, step by step, on the same batches."""
-    experiments.main(["--out", str(tmp_path), "--seeds", "1", "--only", "none"])
-    home, folder = tmp_path / "seed0", tmp_path / "seed0" / "none"
+def test_training_without_thoughts_is_that_of_a_language_model(finished, small):
+    """The losses are those of the base model trained further, step by step, on the same batches."""
+    home, folder = finished / "seed0", finished / "seed0" / "none"
     assert len(losses(folder)) == 4
     model = load_mistral(home / "base" / "base")
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=1e-3)
@@ -81,15 +121,13 @@ def test_training_without_thoughts_is_that_of_a_language_model(tmp_path, small):
         assert "reward" not in line
     trained = load_quiet_star(folder / "quiet_star")
     assert not trained.mixing_head[4].weight.any()  # w is still 1
-    head = load_quiet_star(folder / "quiet_star").model.lm_head.weight
-    assert torch.allclose(head, model.lm_head.weight, atol=1e-6)
+    assert torch.allclose(trained.model.lm_head.weight, model.lm_head.weight, atol=1e-6)
 
 
-def test_start_and_end_begin_as_the_em_dash_or_at_random(tmp_path, small):
-    """As the em dash, or as two unlike vectors; the rest is the same."""
-    experiments.main(["--out", str(tmp_path), "--seeds", "1", "--only", "base"])
+def test_start_and_end_begin_as_the_em_dash_or_at_random(finished, tmp_path, small):
+    """As the em dash, or as two different vectors; the rest is the same."""
     settings, thoughts = train.make_settings({})
-    settings = train.replace(settings, checkpoint=str(tmp_path / "seed0" / "base" / "base"))
+    settings = train.replace(settings, checkpoint=str(finished / "seed0" / "base" / "base"))
     dash, other = (
         experiments.EXPERIMENTS[name].model(
             settings, thoughts, tmp_path / name, torch.device("cpu")
@@ -118,11 +156,16 @@ def test_cost_by_hand():
     assert costs["all-positions"] == 1200 * (64 + 2 * 62 * 9)
 
 
-def test_every_experiment_can_be_trained():
-    for name, experiment in experiments.EXPERIMENTS.items():
+def test_every_experiment_can_be_trained_and_has_a_row():
+    for experiment in experiments.EXPERIMENTS.values():
         train.make_settings(experiment.options)
-        rows = [row for rows in experiments.TABLES.values() for row in rows.values()]
-        assert all(row == (name, experiment) for row in rows if row[0] == name)
+    rows = {name for names in experiments.TABLES.values() for name in names.split()}
+    assert rows == {*experiments.EXPERIMENTS}
+    labels = [experiment.label for experiment in experiments.EXPERIMENTS.values()]
+    assert len({*labels}) == len(labels)
+    thoughts = train.make_settings({})[1]
+    shape = f"(N = {thoughts.n_thoughts}, K = {thoughts.thought_length}, A = {thoughts.n_true})"
+    assert shape in experiments.EXPERIMENTS["full"].label
 
 
 # ------------------------------------------------------------------------------------- the runs
@@ -149,14 +192,12 @@ def test_a_curriculum_continues_what_was_learned(tmp_path, small, monkeypatch):
 
 
 def test_stages_of_a_curriculum_are_run_in_order_and_paid_for():
-    job = experiments.Job(tmp := experiments.Path(), "K12-8-6", 0)
     names = ["base", "K12-A4", "K12-8", "K12-8-6"]
-    jobs = [experiments.Job(tmp, name, 0) for name in names]
-    assert experiments.with_those_before([job, jobs[1]]) == jobs
+    assert [job.name for job in experiments.Job(None, "K12-8-6", 0).chain()] == names
     steps = [12 + 4 + 1, 8 + 2 + 1, 6 + 1 + 1]  # of a thought, against 6 + 2 + 1
     tokens = sum(64 + 2 * 16 * n for n in steps) / (64 + 2 * 16 * 9)
-    row = experiments.table_row("x", "K12-8-6", [made(1.0)])
-    assert row.startswith(f"| x | 1 | {tokens:.2f} |")
+    row = experiments.table_row("K12-8-6", [made(1.0)])
+    assert row[:3] == ["then K = 6, A = 1", "1", f"{tokens:.2f}"]
 
 
 def test_the_share_of_asides_that_work_is_that_of_both_stages(tmp_path, small, monkeypatch):
@@ -173,106 +214,85 @@ def test_the_share_of_asides_that_work_is_that_of_both_stages(tmp_path, small, m
 
 @pytest.mark.parametrize("changed", [{"begins": "K4"}, {"loss": objectives.log_mean}])
 def test_results_of_another_start_or_loss_are_not_mixed_in(
-    tmp_path, small, monkeypatch, capsys, changed
+    copied, small, monkeypatch, capsys, changed
 ):
-    arguments = ["--out", str(tmp_path), "--seeds", "1", "--only", "full"]
-    experiments.main(arguments)
-    other = experiments.Experiment()._replace(**changed)
+    other = experiments.EXPERIMENTS["full"]._replace(**changed)
     monkeypatch.setitem(experiments.EXPERIMENTS, "full", other)
-    with pytest.raises(SystemExit) as stopped:
-        experiments.main(arguments)
-    assert stopped.value.code == 2
-    assert f"has other settings ({next(iter(changed))} " in capsys.readouterr().err
-
-
-KINDS = ["full", "none", "init-random", "rlp"]
+    error = refused(capsys, copied[1])
+    assert f"has other settings ({next(iter(changed))} " in error
 
 
 @pytest.mark.parametrize(
-    ("name", "stage", "stopped_at"),
-    [("base", "base", 1), ("base", "base", 3)]
-    + [(name, "quiet_star", step) for name in KINDS for step in (1, 3)],
+    ("name", "stopped_at"),
+    [(name, 1) for name in ("base", "full", "init-random")]
+    + [(name, 3) for name in ("base", "full", "none", "init-random", "rlp")],
 )
 def test_resumed_run_has_the_losses_of_an_uninterrupted_one(
-    tmp_path, small, monkeypatch, name, stage, stopped_at
+    tmp_path, finished, small, monkeypatch, name, stopped_at
 ):
     """Stopped in the middle of a step, before or after the first checkpoint."""
 
-    def run(folder):
-        experiments.main(["--out", str(tmp_path / folder), "--seeds", "1", "--only", name])
-        return tmp_path / folder / "seed0" / name
+    def run():
+        experiments.main(["--out", str(tmp_path), "--seeds", "1", "--only", name])
+        return tmp_path / "seed0" / name
 
     class KilledError(Exception):
         pass
-
-    whole, log = run("whole"), runs.log
 
     def log_or_die(folder, step, *rest):
         log(folder, step, *rest)
         if folder.name == stage and step == stopped_at:
             raise KilledError
 
+    whole, log = finished / "seed0" / name, runs.log
+    stage = "base" if name == "base" else "quiet_star"
     monkeypatch.setattr(runs, "log", log_or_die)
     with pytest.raises(KilledError):
-        run("killed")
+        run()
     monkeypatch.setattr(runs, "log", log)
-    killed = run("killed")
+    killed = run()
     assert losses(killed) == losses(whole)
     lines = [(run / "metrics.jsonl").read_text().count("\n") for run in (killed, whole)]
-    assert lines == [4, 4]  # no step stands there twice
+    assert lines == [4, 4]  # no step is there twice
     if name != "base":
         one, other = (load_quiet_star(run / "quiet_star").parameters() for run in (killed, whole))
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_only_what_has_no_result_is_run(tmp_path, small, monkeypatch):
-    arguments = ["--out", str(tmp_path), "--seeds", "2", "--only", "full", "none"]
-    experiments.main(arguments)
-    names = ("base", "full", "none")
-    results = [tmp_path / f"seed{seed}" / f"{name}.json" for seed in (0, 1) for name in names]
+def test_only_what_has_no_result_is_run(copied, small, monkeypatch):
+    out, arguments = copied[0], ["--out", str(copied[0]), "--seeds", "2", "--only", *RUNS]
+    names = ["base", *RUNS]
+    results = [out / f"seed{seed}" / f"{name}.json" for seed in (0, 1) for name in names]
     before = {path: path.read_text() for path in results}
-    tables = (tmp_path / "tables.md").read_text()
+    tables = (out / "tables.md").read_text()
 
     trained, perform = [], experiments.perform
     monkeypatch.setattr(experiments, "perform", lambda job: trained.append(job) or perform(job))
-    removed = tmp_path / "seed1" / "none.json"
+    removed = out / "seed1" / "none.json"
     removed.unlink()
+    experiments.main(["--out", str(out), "--seeds", "0"])
+    assert not trained
     experiments.main(arguments)
-    assert trained == [(tmp_path, "none", 1)]
-    assert {path: path.read_text() for path in results if path != removed} == {
-        path: text for path, text in before.items() if path != removed
-    }
-    assert (tmp_path / "tables.md").read_text() == tables
-    assert tables.count("| full Quiet-STaR | 2 | 1.00 |") == 1
+    assert trained == [(out, "none", 1)]
+    assert all(path.read_text() == before[path] for path in results if path != removed)
+    assert (out / "tables.md").read_text() == tables
+    assert tables.count("| full Quiet-STaR (N = 2, K = 6, A = 2) | 2 | 1.00 |") == 7
 
 
-@pytest.mark.parametrize(
-    ("name", "options"), [("full", ""), ("A1", "--n-true 1"), ("few-positions", "--positions 4")]
-)
-def test_an_experiment_is_a_run_of_train(tmp_path, small, monkeypatch, name, options):
-    """The same losses as of `python train.py` with its options and a base model of its own."""
-    monkeypatch.setitem(TINY, "context", 24)
-    experiments.main(["--out", str(tmp_path), "--seeds", "2", "--only", name])
-    own = tmp_path / "own"
-    train.main(["--seed", "1", *options.split(), "--device", "cpu", "--out", str(own)])
-    expected = {key: line for key, line in losses(own).items() if key[0] == "quiet_star"}
-    assert losses(tmp_path / "seed1" / name) == expected
-    assert losses(tmp_path / "seed0" / name) != expected
-    result = json.loads((tmp_path / "seed1" / f"{name}.json").read_text())
-    assert result["metrics"]["loss"] == expected["quiet_star", 4]["loss"]
-    assert result["settings"]["seed"] == 1
-
-
-@pytest.mark.parametrize("name", ["pause", "random", "none"])
-def test_a_control_is_a_run_of_train_with_its_loss(tmp_path, small, monkeypatch, name):
-    experiments.main(["--out", str(tmp_path), "--seeds", "2", "--only", name])
+@pytest.mark.parametrize("name", [name for name in RUNS if name not in ("init-random", "rlp")])
+def test_an_experiment_is_a_run_of_train(tmp_path, finished, small, monkeypatch, name):
+    """The same losses as of `python train.py` with its options, its loss and its own base model."""
     with_its_loss = partial(train.train_thoughts, loss_of=experiments.EXPERIMENTS[name].loss)
     monkeypatch.setattr(train, "train_thoughts", with_its_loss)
-    own = tmp_path / "own"
-    train.main(["--seed", "1", "--device", "cpu", "--out", str(own)])
-    expected = {key: line for key, line in losses(own).items() if key[0] == "quiet_star"}
-    assert losses(tmp_path / "seed1" / name) == expected
-    assert losses(tmp_path / "seed0" / name) != expected
+    options = ["--seed", "1", "--device", "cpu", *RUNS[name].split()]
+    train.main([*options, "--out", str(tmp_path / "own")])
+    own = losses(tmp_path / "own")
+    expected = {key: line for key, line in own.items() if key[0] == "quiet_star"}
+    assert losses(finished / "seed1" / name) == expected
+    assert losses(finished / "seed0" / name) != expected
+    result = json.loads((finished / "seed1" / f"{name}.json").read_text())
+    assert result["metrics"]["loss"] == expected["quiet_star", 4]["loss"]
+    assert result["settings"]["seed"] == 1
 
 
 def made(right, logp=0.0, without=(1.0,), with_thought=(1.0,)):
@@ -295,9 +315,12 @@ def test_tables_by_hand():
         }
     )
     share, logp = "60.0 ± 14.1", "-1.500 ± 0.707"
-    row = " | ".join(["full Quiet-STaR", "2", "1.00", *[share] * 8, logp, logp])
+    label = "full Quiet-STaR (N = 2, K = 6, A = 2)"
+    row = " | ".join([label, "2", "1.00", *[share] * 8, logp, logp])
     assert f"| {row} |" in text
-    row = " | ".join(["trained on without thoughts", "1", "0.18", *["100.0"] * 8, *["-0.250"] * 2])
+    row = " | ".join(
+        ["trained further without thoughts", "1", "0.18", *["100.0"] * 8, *["-0.250"] * 2]
+    )
     assert f"| {row} |" in text
     row = " | ".join(["base model", "1", "-", "25.0", *["-"] * 9])
     assert f"| {row} |" in text
@@ -309,38 +332,27 @@ def test_tables_by_hand():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--seeds", "0"], "--seeds and --workers must be at least 1"),
+        (["--seeds", "-1"], "seeds is -1; it must be at least 0"),
+        (["--workers", "0"], "--workers is 0; it must be between 1 and"),
+        (["--workers", "2147483648"], "--workers is 2147483648; it must be between 1 and"),
         (["--only", "everything"], "invalid choice: 'everything'"),
-        (["--tables"], "run without --tables first"),
+        (["--seeds", "0"], "no results in"),
     ],
 )
 def test_bad_input(tmp_path, capsys, options, message):
-    with pytest.raises(SystemExit) as stopped:
-        experiments.main(["--out", str(tmp_path), *options])
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
+    assert message in refused(capsys, ["--out", str(tmp_path), *options])
 
 
-def test_a_run_begun_with_other_settings_is_not_continued(tmp_path, small, monkeypatch, capsys):
-    arguments = ["--out", str(tmp_path), "--seeds", "1", "--only", "full"]
-    experiments.main(arguments)
-    (tmp_path / "seed0" / "full.json").unlink()  # as if it had been stopped
-    changed = experiments.Experiment({"n_true": 1})
+def test_a_run_begun_with_other_settings_is_not_continued(copied, small, monkeypatch, capsys):
+    out, arguments = copied
+    (out / "seed0" / "full.json").unlink()  # as if it had been stopped
+    changed = experiments.Experiment("x", {"n_true": 1})
     monkeypatch.setitem(experiments.EXPERIMENTS, "full", changed)
-    with pytest.raises(SystemExit) as stopped:
-        experiments.main(arguments)
-    assert stopped.value.code == 2
-    assert "seed0/full/settings.json has other settings (n_true 2)" in capsys.readouterr().err
+    error = refused(capsys, arguments)
+    assert "seed0/full/settings.json has other settings (n_true 2)" in error
 
 
-def test_results_of_other_settings_are_not_mixed_in(tmp_path, small, monkeypatch, capsys):
-    arguments = ["--out", str(tmp_path), "--seeds", "1", "--only", "full"]
-    experiments.main(arguments)
+def test_results_of_other_settings_are_not_mixed_in(copied, small, monkeypatch, capsys):
     monkeypatch.setattr(train, "BUILT_IN", TINY | {"lr": 2e-3})
-    with pytest.raises(SystemExit) as stopped:
-        experiments.main(arguments)
-    assert stopped.value.code == 2
-    assert "has other settings (lr 0.001)" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        experiments.main([*arguments, "--tables"])
-    assert "has other settings (lr 0.001)" in capsys.readouterr().err
+    for arguments in (copied[1], [*copied[1], "--seeds", "0"]):
+        assert "has other settings (lr 0.001)" in refused(capsys, arguments)

@@ -1,4 +1,4 @@
-"""Objectives of the same family, on numbers worked out by hand; and the controls' thoughts."""
+"""Other objectives on numbers worked out by hand, and the thoughts of the controls."""
 
 import math
 from dataclasses import replace
@@ -9,7 +9,14 @@ from test_reward import BASE_NLL, POSITIONS, TALK_NLL, VALID
 from tiny import random_ids, tiny_quiet_star
 
 import train
-from thoughts import Output, ThoughtConfig, count_targets, load_quiet_star, save_quiet_star
+from thoughts import (
+    Output,
+    ThoughtConfig,
+    count_targets,
+    load_quiet_star,
+    quiet_star_loss,
+    save_quiet_star,
+)
 from tools import objectives
 
 # B = 2, N = 3: S = -2, -3, -7 and -1, -2, -3 in test_reward; here exp(S) is
@@ -53,19 +60,20 @@ ALL = [
 
 
 @pytest.mark.parametrize(
-    ("objective", "output", "policy"),
+    ("objective", "output", "policy", "r"),
     [
         # r = 2, 1, -3 and 1, 0, -1; thought n of 6 has log p = -n
-        (objectives.all_advantages, output_of(), (2 + 2 - 9 + 4 - 0 - 6) / 6),
+        (objectives.all_advantages, output_of(), (2 + 2 - 9 + 4 - 0 - 6) / 6, 0),
         # b = -3.5 and -1.25: r = 1.5, 0.5, -3.5 and 0.25, -0.75, -1.75
-        (objectives.base_as_baseline, output_of(), (1.5 + 2 * 0.5 + 4 * 0.25) / 6),
+        (objectives.base_as_baseline, output_of(), (1.5 + 2 * 0.5 + 4 * 0.25) / 6, 2.25),
         # r = 1/6, -1/12, -1/12 and -1/8, -1/8, 1/4
-        (objectives.probability_reward, with_probabilities(), (1 / 6 + 6 / 4) / 6),
+        (objectives.probability_reward, with_probabilities(), (1 / 6 + 6 / 4) / 6, 1 / 6 + 1 / 4),
     ],
 )
-def test_another_advantage(objective, output, policy):
-    """The language losses stay; the policy loss is the mean of -r log p."""
+def test_another_advantage(objective, output, policy, r):
+    """The language losses stay; policy loss: mean of -r log p; reward: mean of the r it used."""
     loss, metrics = objective(output, CONFIG)
+    assert metrics["reward"].item() == pytest.approx(r / 6, abs=1e-6)
     assert metrics["policy_loss"].item() == pytest.approx(policy, rel=1e-5)
     assert loss.item() == pytest.approx(language(output) + 10 * policy, rel=1e-5)
     assert metrics["loss"].item() == loss.item()
@@ -113,7 +121,7 @@ def test_gradient_of_log_mean():
 
 
 @pytest.mark.parametrize("objective", [objectives.probability_reward, objectives.rlp])
-def test_a_lone_thought_has_no_siblings(objective):
+def test_a_lone_thought_cannot_be_compared(objective):
     with pytest.raises(ValueError, match="n_thoughts is 1"):
         objective(output_of(), replace(CONFIG, n_thoughts=1))
 
@@ -128,11 +136,18 @@ def test_no_valid_position_is_no_loss():
         assert loss.isfinite(), objective
 
 
+def test_the_share_of_positions_with_a_reward():
+    """S = -2 and -1 against b = -3.5 and -1; the second text has no reward other than 0."""
+    output = output_of(torch.tensor([1.0, 0.5]).view(1, 2, 1, 1).expand(2, 2, 3, 1))
+    output = output._replace(base_nll=torch.tensor([[9.0, 1.5, 2.0, 9.0], [9.0, 0.5, 0.5, 9.0]]))
+    assert objectives.base_as_baseline(output, CONFIG)[1]["rewarded"] == 0.5
+
+
 def test_log_mean():
     """- (log 1/3 + log 1/4) / 2 over A = 2 tokens; REINFORCE stays Quiet-STaR's."""
     output = with_probabilities()
     loss, metrics = objectives.log_mean(output, CONFIG)
-    quiet_star, expected = objectives.quiet_star_loss(output, CONFIG)
+    quiet_star, expected = quiet_star_loss(output, CONFIG)
     L_NLL = (math.log(3) + math.log(4)) / 2 / 2
     rest = quiet_star.item() - 0.75 * output.talk_nll.mean().item()
     assert loss.item() == pytest.approx(rest + 0.75 * L_NLL, rel=1e-5)
@@ -143,6 +158,7 @@ def test_log_mean():
 def test_rlp():
     """1.5 times r = 2, 1, -3 and 1, 0, -1, and no language loss."""
     loss, metrics = objectives.rlp(output_of(), CONFIG)
+    assert metrics["reward"] == 0
     policy = 1.5 * (2 + 2 - 9 + 4 - 0 - 6) / 6
     assert metrics["policy_loss"].item() == pytest.approx(policy, rel=1e-5)
     assert loss.item() == pytest.approx(10 * policy, rel=1e-5)
@@ -223,7 +239,9 @@ def test_thoughts_are_sampled_at_the_temperature_given():
 def test_forced_thoughts(monkeypatch, loss_of, tokens):
     """2 sequences, 3 thoughts of 3 tokens at 40 positions, 23 tokens in the vocabulary."""
     model, ids, positions = tiny_quiet_star(), random_ids(2, 42), torch.arange(40)
-    monkeypatch.setattr(objectives, "quiet_star_loss", lambda output, config, counts: output)
+    monkeypatch.setattr(
+        objectives.thoughts, "quiet_star_loss", lambda output, config, counts: output
+    )
     generator = torch.Generator().manual_seed(3)
     targets = torch.ones_like(ids) > 0
     thoughts = loss_of(model, ids, targets, positions, (82, 80), generator).thought_ids

@@ -1,4 +1,4 @@
-"""The page of a text's thoughts: its records against thinking slowly, and what the HTML says."""
+"""The page of thoughts: its records against thinking slowly, and the contents of the HTML."""
 
 import json
 import re
@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_prepare import InPlace
 from tiny import random_ids, think_slowly, tiny_quiet_star
 
 from model import save_mistral
 from support.text import Tokens
 from support.tokenizer import save_byte_tokenizer
 from thoughts import ThoughtConfig, save_quiet_star
-from tools import page
-from tools.page import Record, Thought, extremes, figures, level, read_thoughts, render, visible
+from tools import page, prepare
+from tools.page import Record, Thought, extremes, read_thoughts, render, visible
 
 HTML = Path(page.__file__).with_name("page.html").read_text(encoding="utf-8")
 
@@ -112,9 +113,11 @@ def record(text, *gains):
 LAST = Record("end", None, [])
 
 
-def test_level_by_hand():
+def test_colors_by_hand():
     gains = [None, 0.0, 0.02, 0.03, 0.1, 0.25, 0.3, 1.0, 9.0, -0.02, -0.03, -0.5, -1.0]
-    assert [level(gain) for gain in gains] == [0, 0, 0, 1, 2, 2, 3, 4, 4, 0, -1, -3, -4]
+    names = ["", "", "", *("raised" + size for size in "122344"), "", "lowered1", "lowered3"]
+    expected = [f' class="{name}"' if name else "" for name in [*names, "lowered4"]]
+    assert [page.color_class(gain) for gain in gains] == expected
 
 
 def test_the_color_is_the_mean_of_the_next_tokens_gains():
@@ -141,7 +144,7 @@ def test_figures_by_hand():
     shown = [re.sub("<.*?>", "", value).replace("−", "-") for value in values]
     assert shown == ["3", "-2.000", f"{-2 + float(change):+.3f}", change, "33.3 %", "33.3 %"]
     with pytest.raises(ValueError, match="nothing to predict"):
-        figures([LAST])
+        draw([LAST])
 
 
 # ---------------------------------------------------------------------------------------- the page
@@ -201,7 +204,7 @@ NASTY = [
 def test_text_and_thoughts_are_escaped():
     """Whatever a text or thought says is text: no element more, and every character kept."""
     harmless = Page(draw([record("x", 0.5) for _ in NASTY] + [LAST]))
-    records = [Record(n, -2.0, [Thought(n, 0.0, 1.0, -1.5)]) for n in NASTY] + [LAST]
+    records = [Record(n, -2.0, [Thought(n, 0.0, 0.9, -1.5)]) for n in NASTY] + [LAST]
     found = Page(draw(records, title=NASTY[0]))
     blanks = len("".join(NASTY)) - len(re.sub(r"\s", "", "".join(NASTY)))
     marks = found.tags.count("i") + found.tags.count("b")
@@ -250,6 +253,16 @@ def test_the_summary_shows_the_extremes_with_their_numbers():
         thought = gain.replace("−", "-").strip("+0")
         assert f"{gain} after 1= thought ={float(thought)}, next ↵w 0.750, reward +0.500" == said
         assert 'href="#t1"' in item
+
+
+@pytest.mark.parametrize(("weight", "heard"), [(1.0, False), (0.99, True)])
+def test_thoughts_that_are_not_heard_are_named_so(weight, heard):
+    """At w = 1 everywhere a change is rounding only, and no thought is among the strongest."""
+    thoughts = [Thought("t", 0.0, 1.0, -2.0 + 1e-7), Thought("t", 0.0, weight, -2.0 - 1e-7)]
+    drawn = draw([Record("x", -2.0, thoughts), LAST])
+    assert ("thoughts are not heard yet" in drawn) != heard
+    assert drawn.count("<li>none</li>") == (0 if heard else 2)
+    assert ('class="figures"' in drawn) and (">+0.000</em>" in drawn) == heard
 
 
 def test_the_page_needs_nothing_else():
@@ -324,6 +337,21 @@ def test_page_of_a_text(folders, tmp_path):
     assert "sequences of 6 tokens" in drawn
 
 
+def test_a_prepared_folder_has_the_page_of_its_text(folders, tmp_path, monkeypatch):
+    """But for the title; --max-tokens reads less of both."""
+    text, prepared, drawn = tmp_path / "text.txt", tmp_path / "prepared", []
+    text.write_text("12=0\n12=é", encoding="utf-8")
+    monkeypatch.setattr(prepare, "ProcessPoolExecutor", InPlace)
+    files = ["--data", str(text), "--checkpoint", str(folders[1]), "--out", str(prepared)]
+    prepare.main(files)
+    for source, more in ((text, []), (prepared, []), (prepared, ["--max-tokens", "7"])):
+        options = ["--text", str(source), "--html", str(tmp_path / "x.html"), *more]
+        page.main(["--model", str(folders[1]), *options, "--context", "6", "--device", "cpu"])
+        drawn.append((tmp_path / "x.html").read_text(encoding="utf-8").replace(str(source), ""))
+    assert drawn[0] == drawn[1]
+    assert drawn[2].count("<span") == 7
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -331,12 +359,13 @@ def test_page_of_a_text(folders, tmp_path):
         (["--text", "TEXT"], "the following arguments are required: --html"),
         (["--html", "x.html"], "the following arguments are required: --text"),
         (["--text", "TEXT", "--html", "x.html", "--prompt", "x"], "unrecognized arguments"),
-        (["--text", "TEXT", "--html", "nowhere/x.html"], "its folder does not exist"),
-        (["--text", "TEXT", "--html", "."], "--html . is a folder; give the name of a file"),
+        (["--text", "TEXT", "--html", "nowhere/x.html"], "in a folder that exists"),
+        (["--text", "TEXT", "--html", "."], "--html is .; it must be a file"),
         (["--text", "TEXT", "--html", "x.html", "--seed", "-1"], "must be a whole number"),
         (["--text", "TEXT", "--html", "x.html", "--context", "1"], "context is 1; it must be"),
         (["--text", "TEXT", "--html", "x.html", "--device", "abacus"], "--device abacus cannot"),
         (["--text", "SHORT", "--html", "x.html"], "nothing to predict"),
+        (["--text", "TEXT", "--html", "x.html", "--max-tokens", "1"], "max_tokens is 1; it must"),
         (["--text", "nowhere.txt", "--html", "x.html"], "cannot read nowhere.txt"),
         (["--model", "PLAIN", "--text", "TEXT", "--html", "x.html"], "no thoughts to show"),
     ],

@@ -1,4 +1,4 @@
-"""Training curves: what is read from metrics.jsonl, and what is said when something is missing."""
+"""Training curves: the metrics that are read, the panels, and the messages for bad input."""
 
 import json
 import sys
@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from tools import plot
-from tools.plot import read_metrics
+from tools.plot import CURVES, draw, read_metrics
 
 BASE = json.dumps({"stage": "base", "step": 1, "loss": 5.0})
 
@@ -26,35 +26,30 @@ def test_only_the_steps_of_quiet_star_are_read(tmp_path):
     assert metrics == {
         "init_nll": [(1, 2.0), (2, 2.0)],
         "talk_nll": [(1, 1.5), (2, 1.5)],
-        "eval_init_nll": [],
-        "eval_talk_nll": [],
         "reward": [(1, 0.25), (2, -0.5)],
         "weight": [(1, 0.75), (2, 0.75)],
     }
 
 
-def test_held_out_text_has_points_of_its_own(tmp_path):
-    looked = step(2, eval_init_nll=2.5, eval_talk_nll=2.25)
+def test_a_metric_has_points_only_at_steps_that_logged_it(tmp_path):
+    looked = step(2, eval_init_nll=2.5, entropy=1.25)
     metrics = read_metrics(write(tmp_path, step(1), looked, step(3)))
-    assert (metrics["eval_init_nll"], metrics["eval_talk_nll"]) == ([(2, 2.5)], [(2, 2.25)])
+    assert (metrics["eval_init_nll"], metrics["entropy"]) == ([(2, 2.5)], [(2, 1.25)])
     assert len(metrics["talk_nll"]) == 3
 
 
-def test_a_line_that_is_being_written_is_left_out(tmp_path):
+def test_an_unfinished_last_line_is_skipped(tmp_path):
     assert read_metrics(write(tmp_path, step(1), step(2)[:30], end=""))["reward"] == [(1, 0.25)]
 
 
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([BASE], "no step of Quiet-STaR yet"),
-        ([step(1), "{"], "line 2 cannot be drawn"),
-        (["[]"], "line 1 cannot be drawn"),
-        ([step(1, reward=None)], "line 1 cannot be drawn"),
-        (
-            ['{"stage": "quiet_star", "step": 1}'],
-            "line 1 cannot be drawn: ValueError: a step without thoughts has no curves here",
-        ),
+        ([BASE], "has no step with thoughts yet"),
+        ([step(1), "{"], "line 2 is no"),
+        (["[]"], "line 1 is no"),
+        ([step(1, reward=None)], "line 1: reward has no value"),
+        (['{"stage": "quiet_star", "reward": 1}'], "line 1: reward has no value"),
     ],
 )
 def test_bad_metrics(tmp_path, lines, message):
@@ -67,8 +62,7 @@ def test_no_run_is_one_line_and_exit_code_2(tmp_path, capsys):
         plot.main([str(tmp_path / "nowhere"), "--out", str(tmp_path / "curves.png")])
     assert stopped.value.code == 2
     error = capsys.readouterr().err
-    assert "cannot read" in error
-    assert "give the folder of a run" in error
+    assert f"cannot read {tmp_path / 'nowhere' / 'metrics.jsonl'}" in error
     assert error.count("\n") == 1
 
 
@@ -81,8 +75,38 @@ def test_without_matplotlib_it_says_how_to_get_it(tmp_path, capsys, monkeypatch)
     assert "pip install matplotlib" in capsys.readouterr().err
 
 
-def test_curves_are_drawn(tmp_path):
+NEW = {"eval_init_nll": 2.5, "eval_talk_nll": 2.25, "entropy": 1.5, "rewarded": 0.5, "distinct": 1}
+
+
+@pytest.mark.parametrize(("more", "panels"), [({}, 3), (NEW, 5)])
+def test_every_metric_in_the_file_is_a_curve(tmp_path, more, panels):
+    """Its points are those of the file, and its label is in a legend or it is alone."""
     pytest.importorskip("matplotlib")
-    steps = step(1), step(2, eval_init_nll=2.5, eval_talk_nll=2.25), step(3)
-    plot.main([str(write(tmp_path, *steps)), "--out", str(tmp_path / "curves.png")])
+    metrics = read_metrics(write(tmp_path, step(1, **more), step(2, **more)))
+    axes = draw(metrics).axes
+    assert [ax.get_title() for ax in axes] == [*CURVES][:panels]
+    lines = {line.get_label(): line.get_xydata().tolist() for ax in axes for line in ax.lines}
+    assert lines == {
+        label: [[*point] for point in metrics[name]]
+        for panel in CURVES.values()
+        for name, label in panel.items()
+        if name in metrics
+    }
+    assert all((ax.get_legend() is not None) == (len(ax.lines) > 1) for ax in axes)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_legends_cover_no_curve_and_steps_are_whole_numbers(tmp_path, steps):
+    pytest.importorskip("matplotlib")
+    figure = draw(read_metrics(write(tmp_path, *(step(n + 1, **NEW) for n in range(steps)))))
+    figure.draw_without_rendering()
+    for ax in figure.axes:
+        assert all(tick == round(tick) for tick in ax.get_xticks())
+        if legend := ax.get_legend():
+            assert not any(legend.get_window_extent().overlaps(other.bbox) for other in figure.axes)
+
+
+def test_the_picture_is_written(tmp_path):
+    pytest.importorskip("matplotlib")
+    plot.main([str(write(tmp_path, step(1))), "--out", str(tmp_path / "curves.png")])
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -1,12 +1,14 @@
-"""The walk through Algorithm 1 says what the functions of thoughts.py return."""
+"""The walk through Algorithm 1 prints what the functions of thoughts.py return."""
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from tiny import random_ids, tiny_quiet_star
 
 from model import save_mistral
+from support import corpus
 from support.tokenizer import load_tokenizer, save_byte_tokenizer
 from thoughts import quiet_star_loss, reward, save_quiet_star
 from tools import walk
@@ -19,6 +21,16 @@ def folder(tmp_path):
     save_quiet_star(tiny_quiet_star(V=258, policy_weight=7.0), tmp_path)
     save_byte_tokenizer(tmp_path)
     return tmp_path
+
+
+def refused(capsys, folder, *options):
+    """The one line of the error message for bad input."""
+    with pytest.raises(SystemExit) as stopped:
+        walk.main(["--model", str(folder), "--text", TEXT, *options])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert error.count("\n") == 1
+    return error
 
 
 def numbers(text, label):
@@ -39,7 +51,7 @@ def test_the_numbers_are_those_of_the_step(folder, capsys):
     assert numbers(text, "p_init of these") == [
         pytest.approx((-output.base_nll[0, 2:4]).exp().tolist(), abs=1e-4)
     ]
-    alone = walk.heard_alone(model, ids, output)[:, 0, :, 0]
+    alone = walk.thoughts_alone(model, ids, output)[:, 0, :, 0]
     r = reward(output.talk_nll, output.base_nll, output.positions, output.valid)[0, :, 0]
     [[base]] = numbers(text, "without a thought    R")
     assert pytest.approx(-output.base_nll[0, 2:4].sum().item(), abs=1e-4) == base
@@ -65,11 +77,18 @@ def test_the_numbers_are_those_of_the_step(folder, capsys):
     assert f"0.5 L_base + 0.5 L_NLL + 7 L_REINFORCE = {loss:.4f}" in text
 
 
+def test_every_R_is_that_of_log_likelihood(folder, capsys, monkeypatch):
+    monkeypatch.setattr(walk, "log_likelihood", lambda nll: nll.new_full(nll.shape[1:], 123.0))
+    walk.main(["--model", str(folder), "--text", TEXT])
+    printed = re.findall(r"R = (-?[0-9.]+)", capsys.readouterr().out)
+    assert printed == ["123.0000"] * 4  # without a thought, and of three thoughts
+
+
 def test_p_thought_is_the_prediction_at_weight_0():
     """w log p_init + (1 - w) log p_thought over all of V gives p_talk."""
     model, ids = tiny_quiet_star(), random_ids(1, 8)
     output = model(ids, positions=torch.tensor([3]), temperature=0)
-    alone = walk.heard_alone(model, ids, output)
+    alone = walk.thoughts_alone(model, ids, output)
     talk = []
     for token in range(23):  # the distribution of x_4 after each thought, token by token
         other = ids.clone()
@@ -77,7 +96,7 @@ def test_p_thought_is_the_prediction_at_weight_0():
         again = model(other, output.thought_ids, output.positions)
         talk.append(
             again.weight[0, 0, 0, 0] * -again.base_nll[0, 3]
-            + (1 - again.weight[0, 0, 0, 0]) * -walk.heard_alone(model, other, again)[0, 0, 0, 0]
+            + (1 - again.weight[0, 0, 0, 0]) * -walk.thoughts_alone(model, other, again)[0, 0, 0, 0]
         )
     expected = torch.log_softmax(torch.stack(talk), 0)[ids[0, 4]]
     assert alone.shape == output.talk_nll.shape
@@ -97,12 +116,12 @@ def test_where_gradients_go(folder, capsys):
     text = capsys.readouterr().out
     cells = {
         part: re.search(rf"^ +{part} +(\S+) +(\S+) +(\S+)$", text, re.MULTILINE).groups()
-        for part in ("embed_tokens", "layers", "lm_head", "start", "end", "mixing_head")
+        for part in walk.PARTS
     }
     reached = {part: [cell != "-" for cell in row] for part, row in cells.items()}
     assert reached["embed_tokens"] == reached["layers"] == reached["lm_head"] == [True] * 3
-    assert reached["start"] == [False, True, True]
-    assert reached["end"] == reached["mixing_head"] == [False, True, False]
+    assert reached["start_embedding"] == [False, True, True]
+    assert reached["end_embedding"] == reached["mixing_head"] == [False, True, False]
 
 
 @pytest.mark.parametrize(
@@ -120,8 +139,9 @@ def test_lone_and_empty_thoughts(tmp_path, capsys, settings, says):
     ("options", "message"),
     [
         ([], "is a plain model: it has no thoughts to follow"),
-        (["--position", "7"], "it can be 0 .. 6: 2 (n_true) have to follow"),
-        (["--text", "a"], "of a text of 1 tokens"),
+        (["--position", "7"], "it can be 0 .. 6, because 2 tokens (n_true) must follow"),
+        (["--text", "a"], "in a text of 1 tokens"),
+        (["--seed", "-1"], "--seed is -1; it must be"),
     ],
 )
 def test_bad_input(folder, tmp_path, capsys, options, message):
@@ -129,7 +149,23 @@ def test_bad_input(folder, tmp_path, capsys, options, message):
         save_mistral(tiny_quiet_star(V=258).model, tmp_path / "plain")
         save_byte_tokenizer(tmp_path / "plain")
         folder = tmp_path / "plain"
-    with pytest.raises(SystemExit) as stopped:
-        walk.main(["--model", str(folder), "--text", TEXT, *options])
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
+    assert message in refused(capsys, folder, *options)
+
+
+@pytest.mark.parametrize("weight", ["model.lm_head.weight", "end_embedding"])
+def test_logits_that_are_not_finite_are_refused(tmp_path, capsys, weight):
+    """Without a thought, or only after one; whether the position is given or not."""
+    model = tiny_quiet_star(V=258)
+    model.get_parameter(weight).data.flatten()[0] = float("inf")
+    save_quiet_star(model, tmp_path)
+    save_byte_tokenizer(tmp_path)
+    for options in ([], ["--position", "2"]):
+        assert "the logits are not finite" in refused(capsys, tmp_path, *options)
+
+
+def test_the_text_is_two_lines_of_the_built_in_corpus():
+    """The second is of a puzzle that is held out."""
+    lines = walk.TEXT.splitlines(keepends=True)
+    moves = [np.array([*map(int, line.split("=")[0])]) for line in lines]
+    assert [corpus.puzzle_line(x) for x in moves] == lines
+    assert [corpus.is_held_out(x) for x in moves] == [False, True]
