@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from model import KVCache, Mistral, check_at_least
-from sample import generate, write
+from sample import entropy, generate, write
 from support import corpus
 from support.checkpoints import load
 from support.device import DTYPES, pick_device
@@ -206,24 +206,26 @@ def show_puzzles(tables: dict[str, dict[str, Score]]) -> str:
 @torch.no_grad()
 def text_nll(
     model: QuietStar, ids: Tensor, is_target: Tensor, context: int
-) -> tuple[Tensor, Tensor]:
-    """nll in nats of every target of a text, without and with a greedy thought before it.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """nll of every target of a text without and with a greedy thought, and the entropy without.
 
-    ids [tokens], is_target [tokens] bool -> two tensors [targets] in the order of the text.
+    ids [tokens], is_target [tokens] bool -> three tensors [targets] in nats, in text order.
     """
-    once, base, talk = thinking_once(model), [], []
+    once, base, talk, unsure = thinking_once(model), [], [], []
     starts = range(0, len(ids) - 1, context)  # a last sequence of one token has no target
     for count, start in enumerate(starts, 1):
         part = slice(start, start + context)
         output = once(ids[None, part], target_mask=is_target[None, part], temperature=0)
         valid = output.valid[0, 0]  # [J]
+        logits = model.model(ids[None, part])[0, :-1].float()  # [J, V]
+        unsure.append(entropy(logits)[valid].cpu())
         base.append(output.base_nll[0][valid].cpu())
         talk.append(output.talk_nll[0, 0, 0][valid].cpu())
         line = f"{min(start + context, len(ids))} of {len(ids)} tokens"
         show_status(line, count, len(starts), sys.stderr)
     if not sum(map(len, base)):
         raise ValueError(f"a text of {len(ids)} tokens has nothing to predict in it")
-    return torch.cat(base), torch.cat(talk)
+    return torch.cat(base), torch.cat(talk), torch.cat(unsure)
 
 
 def text_look(held_out: Tokens, sequences: int, context: int, device: torch.device):
@@ -236,7 +238,7 @@ def text_look(held_out: Tokens, sequences: int, context: int, device: torch.devi
 
     def look(model: QuietStar) -> tuple[str, bool, dict]:
         with redirect_stderr(io.StringIO()):  # the status line is the training's
-            nlls = text_nll(model, ids.flatten(), is_target.flatten(), context)
+            *nlls, _ = text_nll(model, ids.flatten(), is_target.flatten(), context)
         init_nll, talk_nll = (nll.mean().item() for nll in nlls)
         line = f"held-out text: nll {init_nll:.4f} without thoughts, {talk_nll:.4f} with"
         return line, False, {"eval_init_nll": init_nll, "eval_talk_nll": talk_nll}
@@ -262,6 +264,19 @@ def show_text(base: Tensor, talk: Tensor, by: Tensor | None = None, bins: int = 
         without, thought = base[part].mean(), talk[part].mean()
         numbers = f"{len(part):9d}  {without:7.4f}  {thought:7.4f}  {without - thought:+7.4f}"
         lines.append(f"{easy:6.3f} .. {hard:6.3f}   {numbers}")
+    return "\n".join(lines)
+
+
+def show_think_above(base: Tensor, talk: Tensor, unsure: Tensor) -> str:
+    """The loss and the share of tokens that think with --think-above H, as lines of text.
+
+    base, talk, unsure [targets]: as returned by text_nll.
+    """
+    lines = ["think above (nats)   tokens that think       nll"]
+    for H in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, math.inf):
+        thinks = unsure >= H
+        nll = torch.where(thinks, talk, base).mean()
+        lines.append(f"{H:18.1f}   {100 * thinks.float().mean():15.1f} %   {nll:9.4f}")
     return "\n".join(lines)
 
 
@@ -474,7 +489,9 @@ def run(options: argparse.Namespace) -> None:
     else:
         tokens = tokenize(read_documents([options.text]), tokenizer)
         ids, mask = (x[: options.max_tokens].to(device) for x in (tokens.ids, tokens.is_target))
-        print(show_text(*text_nll(model, ids, mask, options.context or 256)))
+        base, talk, unsure = text_nll(model, ids, mask, options.context or 256)
+        print(show_text(base, talk))
+        print(show_think_above(base, talk, unsure))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -21,7 +21,7 @@ from support.checkpoints import load
 from support.device import DTYPES, pick_device
 from support.terminal import execute, make_parser, paint
 from support.tokenizer import Tokenizer
-from thoughts import Prediction, QuietStar, sample_tokens
+from thoughts import Prediction, QuietStar, sample_tokens, token_logits, widen
 
 
 def nucleus(logits: Tensor, top_p: float) -> Tensor:
@@ -36,6 +36,36 @@ def nucleus(logits: Tensor, top_p: float) -> Tensor:
     return logits.masked_fill(outside.gather(-1, order.argsort(-1)), -math.inf)
 
 
+def entropy(logits: Tensor) -> Tensor:
+    """Entropy in nats of softmax(logits [..., V]) -> [...]."""
+    logp = torch.log_softmax(logits, dim=-1)
+    return -(logp.exp() * logp).sum(-1)
+
+
+def predict(
+    model: Mistral | QuietStar, last: Tensor, cache: KVCache, think_above: float
+) -> tuple[Tensor, Prediction | None]:
+    """Logits [B, V] after the text's next token last [B], and the Prediction if the model thinks.
+
+    Ours: a QuietStar thinks only where the entropy of its prediction without a thought is at least
+    think_above, in nats. At 0 it always thinks.
+    """
+    if isinstance(model, Mistral):
+        return model(last[:, None], cache)[:, -1].float(), None
+    if think_above == 0:
+        prediction = model.think_last(last, cache)
+        return prediction.logits, prediction
+    length = cache.length
+    h_init = model.model.run(model.model.embed_tokens(last[:, None]), cache)[:, -1]  # [B, D]
+    logits = token_logits(widen(h_init), model.model.lm_head.weight, model.excluded)  # [B, V]
+    thinks = entropy(logits) >= think_above  # [B]
+    if not thinks.any():
+        return logits, None
+    cache.truncate(length)  # `last` is read again, together with start
+    prediction = model.think_last(last, cache)
+    return torch.where(thinks[:, None], prediction.logits, logits), prediction
+
+
 @torch.no_grad()
 def generate_steps(
     model: Mistral | QuietStar,
@@ -44,14 +74,17 @@ def generate_steps(
     temperature: float = 1.0,
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
+    think_above: float = 0.0,
 ) -> Iterator[tuple[Tensor, Prediction | None]]:
-    """Continue ids [B, T]: the tokens [B], and the prediction of a thinking model, step by step."""
+    """Continue ids [B, T] step by step: tokens [B], and the Prediction if the model thought."""
     if ids.shape[1] < 1:
         raise ValueError("the prompt is empty; give at least one token")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 0")
     if temperature != 0 and not 1e-3 <= temperature < math.inf:
         raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or at least 0.001")
+    if not think_above >= 0:
+        raise ValueError(f"think_above is {think_above}; it must be at least 0 nats")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p is {top_p}; it must be above 0 and at most 1")
     text_model = model.model if isinstance(model, QuietStar) else model
@@ -59,8 +92,7 @@ def generate_steps(
     if ids.shape[1] > 1:
         text_model.run(text_model.embed_tokens(ids[:, :-1]), cache)
     for _ in range(max_new_tokens):
-        prediction = model.think_last(last, cache) if isinstance(model, QuietStar) else None
-        logits = prediction.logits if prediction else model(last[:, None], cache)[:, -1].float()
+        logits, prediction = predict(model, last, cache, think_above)
         if not logits.isfinite().all():
             raise ValueError(
                 "the logits are not finite: weights are broken, or their dtype too small"
@@ -80,14 +112,17 @@ def generate(
     temperature: float = 1.0,
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
+    think_above: float = 0.0,
 ) -> Tensor:
     """Continue ids [B, T] int64 -> [B, T + max_new_tokens].
 
-    temperature 0 is greedy; top_p keeps the likeliest tokens that together hold this probability;
-    generator (on the CPU) makes it repeatable. A QuietStar thinks greedily before every token.
+    temperature 0 is greedy. top_p keeps the likeliest tokens that together have this probability.
+    generator (on the CPU) makes the result repeatable. A QuietStar thinks greedily before every
+    token, or only where the prediction has an entropy of at least think_above nats (see predict).
     Raises ValueError for an empty prompt, a setting out of range, or logits that are not finite.
     """
-    steps = generate_steps(model, ids, max_new_tokens, temperature, top_p, generator)
+    sampling = temperature, top_p, generator, think_above
+    steps = generate_steps(model, ids, max_new_tokens, *sampling)
     return torch.cat([ids, *(token[:, None] for token, _ in steps)], dim=1)
 
 
@@ -154,8 +189,10 @@ def run(options: argparse.Namespace) -> None:
     if options.show_thoughts and not isinstance(model, QuietStar):
         raise ValueError(f"{options.model} is a plain model: it has no thoughts to show")
 
-    def show(row: int, token: int, prediction: Prediction) -> None:
-        text, gain = describe_thought(prediction, row, token, tokenizer)
+    def show(row: int, token: int, prediction: Prediction | None) -> None:
+        text, gain = "no thought", 0.0
+        if prediction:
+            text, gain = describe_thought(prediction, row, token, tokenizer)
         shown = paint(f"{tokenizer.spell([token])!r:>12}", gain)
         print(f"sample {row + 1}  {shown}  {text}", flush=True)
 
@@ -170,6 +207,7 @@ def run(options: argparse.Namespace) -> None:
         temperature=0.0 if options.greedy else options.temperature,
         top_p=options.top_p,
         generator=torch.Generator().manual_seed(options.seed),
+        think_above=options.think_above,
     )
     for text in texts:
         print(options.prompt + text)
@@ -187,6 +225,10 @@ def main(arguments: list[str] | None = None) -> None:
     add("--top-p", type=float, default=1.0, help="sample among the likeliest tokens only (1.0)")
     add("--greedy", action="store_true", help="the same as --temperature 0")
     add("--samples", type=int, default=1, help="continuations at once (1)")
+    add(
+        "--think-above", type=float, default=0.0, metavar="NATS",
+        help="think only where the entropy of the next token is at least this (0: always)",
+    )  # fmt: skip
     add("--show-thoughts", action="store_true", help="print the thought before every token")
     add("--seed", type=int, default=0, help="of the sampling (0)")
     add("--dtype", choices=DTYPES, help="precision; none: the file's, on a CPU float32 if it fits")

@@ -132,18 +132,30 @@ def test_text_nll_equals_thinking_slowly():
     ids = random_ids(1, 15)[0]
     is_target = torch.ones(15, dtype=torch.bool)
     is_target[8] = False
-    base, talk = evaluation.text_nll(model, ids, is_target, context=6)
-    expected_base, expected_talk = [], []
+    base, talk, unsure = evaluation.text_nll(model, ids, is_target, context=6)
+    expected_base, expected_talk, expected_unsure = [], [], []
     for start in (0, 6, 12):
         part = ids[start : start + 6]
         logp = torch.log_softmax(model.model(part[None])[0], -1)
         for j in range(len(part) - 1):
             if is_target[start + j + 1]:
                 expected_base.append(-logp[j, part[j + 1]])
+                expected_unsure.append(-(logp[j].exp() * logp[j]).sum())
                 expected_talk.append(think_slowly(model, part, j, None)["nll"][0])
     assert (base - torch.stack(expected_base)).abs().max() < 1e-5
     assert (talk - torch.stack(expected_talk)).abs().max() < 1e-5
+    assert (unsure - torch.stack(expected_unsure)).abs().max() < 1e-5
     assert model.config.n_thoughts == 2
+
+
+def test_thinking_above_an_entropy_by_hand():
+    """Three of four tokens have an entropy of 1 or more; none has 4."""
+    base, talk = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([2.0, 1.0, 1.0, 3.0])
+    lines = evaluation.show_think_above(base, talk, torch.tensor([0.2, 1.0, 1.2, 3.5]))
+    rows = {row.split()[0]: row.split()[1:] for row in lines.splitlines()[1:]}
+    assert rows["0.0"] == ["100.0", "%", "1.7500"]
+    assert rows["1.0"] == ["75.0", "%", "1.5000"]
+    assert rows["4.0"] == rows["inf"] == ["0.0", "%", "2.5000"]
 
 
 def test_dtype_is_that_of_the_computation(folder, monkeypatch, capsys):
@@ -176,7 +188,8 @@ def test_text_report(folder, tmp_path, capsys):
     evaluation.main(["--model", str(folder), *options])
     lines = capsys.readouterr().out.splitlines()
     assert "perplexity" in lines[0]
-    assert len(lines) == 2 + 5
+    assert len(lines) == (2 + 5) + (1 + 8)
+    assert lines[8].split()[:2] == ["0.0", "100.0"]
     assert sum(int(line.split()[3]) for line in lines[2:]) == int(lines[0].split()[0])
 
 

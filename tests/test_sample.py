@@ -9,10 +9,10 @@ from tiny import random_ids, think_slowly, tiny_mistral, tiny_quiet_star
 
 import sample
 from model import KVCache, Mistral, MistralConfig, save_mistral
-from sample import generate, generate_steps, nucleus
+from sample import entropy, generate, generate_steps, nucleus
 from support import checkpoints, device, terminal
 from support.tokenizer import save_byte_tokenizer
-from thoughts import save_quiet_star
+from thoughts import save_quiet_star, token_logits
 
 
 @pytest.mark.parametrize("window", [None, 4])
@@ -44,6 +44,40 @@ def test_thinking_generation_equals_recomputation(K, window):
             base = torch.log_softmax(model.model(read[None, :-1])[0, -1], -1)
             without = torch.log_softmax(prediction.base_logits[b], -1)
             assert (without - base).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("meta", [{}, {"start_id": 3, "end_id": 4}])
+def test_thinking_only_where_the_prediction_is_unsure(meta):
+    """At 0 as ever, at infinity as the plain model; between, by the entropy of each row."""
+    model, ids = tiny_quiet_star(**meta), random_ids(2, 6)
+    always = generate(model, ids, 8, temperature=0)
+    assert torch.equal(generate(model, ids, 8, temperature=0, think_above=0.0), always)
+    assert torch.equal(generate(model, ids, 8, temperature=0, think_above=1e-9), always)
+    never = generate(model, ids, 8, temperature=0, think_above=float("inf"))
+    if not meta:
+        assert torch.equal(never, generate(model.model, ids, 8, temperature=0))
+    assert not torch.equal(never, always)
+
+    cache, base = KVCache(model.model.config), model.model
+    h_init = base.run(base.embed_tokens(ids), cache)[:, -1]
+    logits = token_logits(h_init, base.lm_head.weight, model.excluded)
+    low, high = entropy(logits).sort().values.tolist()
+    [(_, prediction)] = generate_steps(model, ids, 1, temperature=0, think_above=high + 1e-4)
+    assert prediction is None
+    cache.truncate(5)
+    mixed, prediction = sample.predict(model, ids[:, -1], cache, (low + high) / 2)
+    thinks = entropy(logits) > (low + high) / 2
+    assert thinks.sum() == 1
+    assert torch.allclose(mixed[thinks], prediction.logits[thinks])
+    assert torch.allclose(mixed[~thinks], logits[~thinks], atol=1e-5)
+    assert cache.length == 6
+    with pytest.raises(ValueError, match="think_above is -1"):
+        generate(model, ids, 1, think_above=-1.0)
+
+
+def test_entropy_by_hand():
+    assert entropy(torch.zeros(5)).item() == pytest.approx(1.6094379)
+    assert entropy(torch.tensor([100.0, 0.0])).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_the_cache_never_holds_a_thought():
