@@ -22,7 +22,7 @@ EDITS = {  # what is edited: (file, a line of it, the edited line)
         "text_v, self.bias).flatten(2, 3)",
         "text_v, self.bias).flatten(2, 3) / 2",
     ),
-    "ThoughtCache.attention": ("thoughts.py", "/ math.sqrt(q.shape[-1]) + bias", "/ 2 + bias"),
+    "ThoughtCache.attention": ("thoughts.py", "/ math.sqrt(q.shape[-1])\n", "/ 2\n"),
     "thought_mask": ("thoughts.py", "(text <= origin[", "(text < origin["),
     "token_logits": (
         "thoughts.py",
