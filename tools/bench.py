@@ -8,7 +8,6 @@
     python -m tools.bench loading --preset mistral-7b    14.5 GB are written, loaded and used once
     python -m tools.bench tokenizing --data FILE     a text against sentencepiece, if it is there
     python -m tools.bench operations --preset mistral-7b    operations that a step launches
-    python -m tools.bench --preset mistral-7b        twenty steps on random weights, on a GPU
 
 A step handles M = T + N J (K + A + 1) tokens. The floor of its time is M times what the same model
 spends per token in a plain language-model step, forward and backward, head and loss included; the
@@ -38,16 +37,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import fast
-import train
 from model import Mistral, MistralConfig, load_mistral
 from sample import generate, generate_steps
 from support import memory
 from support.checkpoints import dtype_that_fits
-from support.device import free_memory, pick_device
 from support.files import write_json
 from support.terminal import execute, make_parser
 from support.tokenizer import load_tokenizer
-from thoughts import QuietStar, ThoughtConfig, count_targets, quiet_star_loss
+from thoughts import QuietStar, ThoughtConfig, quiet_star_loss
 from tools import plan
 
 SMALL = MistralConfig(4096, 288, 768, 6, 6, 2)  # 7.7 M parameters
@@ -362,44 +359,6 @@ def bench_tokenizing(options: argparse.Namespace) -> None:
     )
 
 
-def bench_preset(options: argparse.Namespace) -> None:
-    """Steps of --preset mistral-7b on random weights of the real shape, made on the device."""
-    device = pick_device(options.device)
-    settings = train.Settings(**train.PRESETS[options.preset])
-    config = ThoughtConfig(init_id=0)
-    work = plan.work_of(settings, config)
-    sizes = memory.memory_plan(MISTRAL_7B, config, settings, train.fast_path(settings))
-    print(memory.show_plan(sizes, free_memory(device)))
-    with device:
-        base = Mistral(MISTRAL_7B).bfloat16()
-    model = QuietStar(base, config)
-    AdamW = fast.apply(model, settings.checkpointing, settings.compile, settings.masters)
-    optimizer = train.make_optimizer(model, settings, AdamW)
-    peak, generator = plan.peak_flops(device, torch.bfloat16), torch.Generator().manual_seed(0)
-    flops = work.batch * memory.step_flops(MISTRAL_7B, config, work.T, work.J)
-    positions = torch.arange(work.J)
-    for step in range(options.steps):
-        ids = torch.randint(MISTRAL_7B.vocab_size, (work.batch, work.T), generator=generator)
-        ids, mask = ids.to(device), torch.ones_like(ids, device=device) > 0
-        counts = count_targets(mask, positions, config.n_true)
-        plan.synchronize(device)
-        begin = time.perf_counter()
-        optimizer.zero_grad()
-        for part, targets in zip(ids.split(1), mask.split(1), strict=True):
-            train.thought_loss(model, part, targets, positions, counts, generator)[0].backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
-        optimizer.step()
-        plan.synchronize(device)
-        seconds = time.perf_counter() - begin
-        used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-        print(
-            f"step {step + 1}  {seconds:.2f} s  {ids.numel() / seconds:.0f} tokens/s  "
-            f"mfu {flops / seconds / peak:.1%} of the {peak / 1e12:.1f} TFLOP/s of a matrix "
-            f"product  peak memory {used / 1e9:.1f} GB",
-            flush=True,
-        )
-
-
 def count_operations(shape: MistralConfig, thoughts: ThoughtConfig, T: int) -> dict[str, float]:
     """Operations of a step with one sequence on the path of a GPU, forward and backward.
 
@@ -439,9 +398,7 @@ def run(options: argparse.Namespace) -> None:
     """Run the chosen benchmark."""
     if options.threads:
         torch.set_num_threads(options.threads)
-    at_scale = {
-        "steps": bench_preset, "loading": bench_loading_preset, "operations": bench_operations
-    }  # fmt: skip
+    at_scale = {"loading": bench_loading_preset, "operations": bench_operations}
     if options.preset and options.what not in at_scale:
         raise ValueError(f"--preset is for {' and '.join(at_scale)}, not for {options.what}")
     (at_scale if options.preset else BENCHES)[options.what](options)
@@ -463,10 +420,8 @@ def main(arguments: list[str] | None = None) -> None:
     add("--checkpointing", action="store_true", help="steps: keep fewer activations")
     add("--repeats", type=int, default=3, help="measurements to take the median of (3)")
     add("--data", metavar="FILE", help="tokenizing: a text")
-    add("--preset", choices=train.PRESETS, help="steps, loading: of a large model's real shape")
-    add("--steps", type=int, default=20, help="--preset: optimiser steps (20)")
+    add("--preset", choices=plan.SHAPES, help="loading, operations: of a large model's shape")
     add("--threads", type=int, default=1, help="CPU threads, 0 for all (1)")
-    add("--device", help="--preset: cpu, cuda; none: the best there is")
     execute(parser, run, arguments)
 
 

@@ -99,11 +99,10 @@ def test_tokenizing_needs_sentencepiece_and_a_text(monkeypatch, capsys):
     assert "--data" in capsys.readouterr().err
 
 
-def test_preset_on_a_tiny_shape(monkeypatch, capsys):
-    """What there is of the GPU's script without a GPU."""
-    monkeypatch.setattr(bench, "MISTRAL_7B", MistralConfig(50, 16, 32, 1, 2, 1))
-    bench.main(["--preset", "mistral-7b", "--steps", "2", "--device", "cpu"])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("memory plan (GB)")
-    assert len(lines) == 3
-    assert "tokens/s" in lines[2]
+def test_operations(capsys):
+    """Those of support.memory, a line for each path."""
+    bench.main(["operations", "--context", "24", "--thought-length", "1", "--n-true", "1"])
+    rows = [line.rsplit(maxsplit=3) for line in capsys.readouterr().out.splitlines()[1:]]
+    counts = {name: int(count) for name, count, *_ in rows}
+    assert [*counts] == ["language-model step", "plain", "fast", "fast, checkpointing"]
+    assert counts["language-model step"] < counts["plain"] < counts["fast, checkpointing"]
