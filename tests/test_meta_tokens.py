@@ -6,7 +6,7 @@ from tiny import random_ids, tiny_mistral, tiny_quiet_star
 
 from model import KVCache
 from sample import generate
-from thoughts import NEVER, QuietStar, ThoughtConfig, quiet_star_loss, sample_tokens
+from thoughts import NEVER, QuietStar, ThoughtConfig, em_dash_id, quiet_star_loss, sample_tokens
 
 
 @pytest.mark.parametrize("scale", [1.0, 100.0])
@@ -91,3 +91,28 @@ def test_forced_pause_tokens_are_finite():
     assert torch.isfinite(loss)
     assert output.thought_logp.max() < -1e9  # the log of a probability of 0
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+class Letters:
+    """A tokenizer of given pieces: "—" is these ids, in this order."""
+
+    def __init__(self, pieces, dash=None):
+        self.pieces, self.dash = pieces, dash
+
+    def token_id(self, text):
+        if self.dash is None:
+            raise ValueError(text)
+        return self.dash
+
+    def encode(self, text):
+        return list(range(len(self.pieces)))
+
+    def decode(self, ids):
+        return "".join(self.pieces[i] for i in ids)
+
+
+def test_the_em_dash_is_a_token_or_the_first_that_is_not_white_space():
+    assert em_dash_id(Letters([" ", "—"], dash=7)) == 7
+    assert em_dash_id(Letters([" ", "\t", "\ufffd", "x"])) == 2
+    assert em_dash_id(Letters(["-", " "])) == 0
+    assert em_dash_id(Letters([" "])) == 0

@@ -1,4 +1,4 @@
-"""One training step of the authors' code, recorded as numbers, against ours (design: parity).
+"""One training step of the authors' code, recorded as numbers, against ours.
 
 official_case holds a tiny model's weights, forced thoughts, per-position losses, rewards,
 log-likelihoods and gradients. Their averages differ from ours, so the losses are put together here

@@ -270,7 +270,7 @@ def test_a_checkpoint_with_the_papers_settings(tmp_path, checkpoint):
     assert generate(model, random_ids(1, 4), 3).shape == (1, 7)
 
 
-def test_a_vocabulary_without_the_em_dash(tmp_path, checkpoint):
+def test_a_vocabulary_without_the_em_dash(tmp_path, checkpoint, capsys):
     """The meta tokens begin as the first token of its encoding; the tokenizer goes along."""
     folder = tmp_path / "pretrained"
     shutil.copy(Path(__file__).parent / "fixtures" / "tekken_cut" / "tekken.json", folder)
@@ -282,6 +282,7 @@ def test_a_vocabulary_without_the_em_dash(tmp_path, checkpoint):
     run(tmp_path / "out", checkpoint + " --steps 1 --context 16 --micro-batch 3", small="")
     model = load_quiet_star(tmp_path / "out" / "quiet_star")
     assert model.config.init_id == 20 + "—".encode()[0]
+    assert "start and end begin as the embedding of '\\\\xe2'\n" in capsys.readouterr().out
     assert load_tokenizer(tmp_path / "out" / "quiet_star").vocab_size == 278
 
 

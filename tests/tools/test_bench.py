@@ -1,4 +1,4 @@
-"""The benchmark runs, and its floor counts what the design says."""
+"""The benchmark runs, and its floor counts M as docs/cost.md does."""
 
 import sys
 
