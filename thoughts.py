@@ -526,7 +526,9 @@ def quiet_star_loss(
     metrics then add up over the parts.
 
     Metrics: loss is the weighted sum; base_nll, talk_nll and policy_loss are its parts; init_nll is
-    talk_nll without thoughts (all in nats). reward is the mean of the r_j used, weight that of w.
+    talk_nll without thoughts (all in nats). reward is the mean of the r_j used, rewarded the share
+    of positions where one is not 0. weight is the mean of w. entropy is the mean of -log p of a
+    token of a thought, at reinforce_temperature.
     """
     counts = counts or count_targets(output.target_mask, output.positions, config.n_true)
     _, thought_logp, base_nll, talk_nll, weight, valid, positions, _ = output
@@ -542,6 +544,8 @@ def quiet_star_loss(
     init_nll = base_ahead(base_nll, positions, valid).mean(0).expand_as(r)
     metrics = {"loss": loss, "base_nll": L_base, "talk_nll": L_NLL, "policy_loss": L_REINFORCE}
     metrics |= {"init_nll": mean(init_nll), "reward": mean(r), "weight": mean(weight.mean(0))}
+    metrics["rewarded"] = mean((r != 0).any(1, keepdim=True).float())
+    metrics["entropy"] = mean(-thought_logp.sum(-1)) / max(config.thought_length, 1)
     return loss, {name: value.detach() for name, value in metrics.items()}
 
 

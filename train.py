@@ -38,6 +38,7 @@ from support.terminal import execute, make_parser
 from support.text import read_tokens, tokenize
 from support.tokenizer import load_tokenizer
 from thoughts import (
+    Output,
     QuietStar,
     ThoughtConfig,
     count_targets,
@@ -136,7 +137,18 @@ def language_loss(model: Mistral, ids: Tensor, targets: Tensor, positions, count
 def thought_loss(model: QuietStar, ids: Tensor, targets: Tensor, positions, counts, generator):
     """The Quiet-STaR loss: Algorithm 1 on a batch, and its metrics."""
     output = model(ids, positions=positions, target_mask=targets, generator=generator)
-    return quiet_star_loss(output, model.config, counts)
+    loss, metrics = quiet_star_loss(output, model.config, counts)
+    return loss, metrics | {"distinct": distinct_thoughts(output, counts)}
+
+
+def distinct_thoughts(output: Output, counts: tuple[int, int]) -> Tensor:
+    """The share of thoughts that are distinct within their sequence, at valid positions."""
+    valid = output.valid.all(0)  # [B, J]
+    found = 0
+    for thoughts, where in zip(output.thought_ids, valid, strict=True):  # [N, J, K], [J]
+        if where.any() and thoughts.shape[-1]:
+            found += len(thoughts[:, where].flatten(0, 1).unique(dim=0))
+    return torch.tensor(found / max(output.thought_ids.shape[1] * counts[1], 1))
 
 
 # ------------------------------------------------------------------------------------- the loop

@@ -82,6 +82,8 @@ def test_loss_by_hand():
     assert abs(metrics["policy_loss"] - policy) < 1e-6
     assert abs(loss - (0.25 * base + 0.75 * talk + 10 * policy)) < 1e-5
     assert abs(metrics["reward"] - (2 + 1 + 1) / 6) < 1e-6
+    assert metrics["rewarded"] == 1  # in each of both sequences, some thought
+    assert abs(metrics["entropy"] - (1 + 2 + 3 + 4 + 5 + 6) / 6) < 1e-6
     assert abs(metrics["weight"] - 0.25) < 1e-6
     # the base model's mean over the two tokens of talk_nll: 3.5 / 2 and 1.25 / 2
     assert abs(metrics["init_nll"] - (1.75 + 0.625) / 2) < 1e-6

@@ -144,6 +144,18 @@ def test_splitting_a_batch_changes_neither_gradient_nor_metrics(positions):
             assert (whole - gradients[name]).abs().max() < 1e-5 * (1 + whole.abs().max()), name
 
 
+def test_distinct_thoughts_by_hand():
+    """Two sequences, two thoughts at two positions: 1 of 4, and 2 of the 2 at a valid position."""
+    thoughts = torch.tensor(
+        [[[[1, 1], [1, 1]], [[1, 1], [1, 1]]], [[[1, 2], [3, 3]], [[2, 2], [3, 4]]]]
+    )
+    valid = torch.tensor([[[True, True], [True, False]]])
+    output = train.Output(thoughts, *[None] * 4, valid, None, None)
+    assert train.distinct_thoughts(output, (9, 3)) == pytest.approx((1 + 2) / 6)
+    none = train.Output(thoughts[..., :0], *[None] * 4, valid, None, None)
+    assert train.distinct_thoughts(none, (9, 3)) == 0
+
+
 def test_positions_are_drawn_anew_every_step():
     """5 of the 10 that have 2 of 12 tokens ahead, the same for all parts of a batch."""
     seen, generator = [], torch.Generator().manual_seed(0)
@@ -233,6 +245,9 @@ def test_metrics_and_files(tmp_path):
         "policy_loss",
         "reward",
         "weight",
+        "rewarded",
+        "entropy",
+        "distinct",
         "grad_norm",
         "lr",
     }
