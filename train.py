@@ -96,10 +96,14 @@ class Settings:
             raise ValueError("masters is off, which is for --dtype bfloat16; give --masters")
 
 
-PRESETS = {  # what differs from the defaults: on one GPU of 80 GB
+PRESETS = {  # what differs from the defaults: for one GPU of 80 GB, and for 135 M to 2 B parameters
     "mistral-7b": {
         "fast": True, "dtype": "bfloat16", "masters": False, "checkpointing": True,
         "micro_batch": 1,
+    },
+    "small": {
+        "micro_batch": 1, "positions": 32, "lr": 3e-5, "mixing_lr": 3e-4, "cooldown": 0.5,
+        "embedding_scale": 1.0, "reinforce_temperature": 1.0, "policy_weight": 10.0,
     },
 }  # fmt: skip
 
@@ -387,7 +391,12 @@ def main(arguments: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--out", metavar="FOLDER", help="folder of the run; none: runs/1, runs/2, ...")
     add("--resume", action="store_true", help="continue the run in --out")
-    add("--preset", choices=PRESETS, default=argparse.SUPPRESS, help="settings for a large model")
+    add(
+        "--preset",
+        choices=PRESETS,
+        default=argparse.SUPPRESS,
+        help="settings for a model of this size",
+    )
     add("--device", help="cpu, cuda, mps; none: the best one available")
     add_settings(parser, Settings, BUILT_IN)
     add_settings(parser, ThoughtConfig, BUILT_IN_THOUGHTS)
