@@ -101,9 +101,10 @@ def test_a_document_stands_between_bos_and_eos():
     ("name", "text", "message"),
     [
         ("c.jsonl", '{"text": 1}\n', "line 1 has neither"),
-        ("c.jsonl", '{"text": "x"}\n{"text"\n', "line 2 is no JSON"),
-        ("c.jsonl", "[]\n", "line 1 is no JSON object"),
-        ("c.jsonl", '[["text", "x"]]\n', "line 1 is no JSON object"),
+        ("c.jsonl", '{"text": "x"}\n{"text"\n', "line 2 is not a JSON object"),
+        ("c.jsonl", '"text"\n', "line 1 is not a JSON object"),
+        ("c.jsonl", "[]\n", "line 1 begins a JSON array"),
+        ("c.jsonl", '[["text", "x"]]\n', "line 1 begins a JSON array"),
         ("empty.txt", "", "no text in"),
     ],
 )
