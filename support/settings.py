@@ -44,9 +44,9 @@ def comments(settings: type) -> dict[str, str]:
 
 
 def whole_number(text: str) -> int:
-    """The int of an option. Raises ValueError from 2**63 on, where torch's seeds and sizes end."""
+    """The int of an option, which torch has to take. Raises an error of argparse from 2**63 on."""
     if not fits(number := int(text), int):
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{short(text)} is too large; it must be below 2**63")
     return number
 
 
