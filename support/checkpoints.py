@@ -1,12 +1,12 @@
-"""Checkpoints of other formats and families, the authors' release, and models that think.
+"""Checkpoints of all formats and families, the authors' release, and models that think.
 
 A folder is in one of two formats. If it has both, the first one is read:
 
     config.json, model*.safetensors           Hugging Face's
     params.json, consolidated*.safetensors    Mistral's own
 
-The families are mistral, llama, qwen2 and qwen3. A config that asks for a computation that model.py
-does not do is refused, because the checkpoint would load and give wrong results.
+The families are mistral, llama, qwen2 and qwen3. A config that asks for a computation that is not
+in model.py is refused, because the checkpoint would load and give wrong results.
 """
 
 import math
@@ -21,12 +21,12 @@ from torch import Tensor
 import model as core
 from model import ACTIVATION, Mistral, MistralConfig, RopeScaling, build
 from support.device import free_memory
-from support.files import read_json, short
+from support.files import hub_hint, read_json, short
 from support.settings import settings_from
 from support.tokenizer import Tokenizer, load_tokenizer
 from thoughts import QuietStar, ThoughtConfig, with_thoughts
 
-ALLOWED = {  # what changes the computation in a config.json, and what of it is computed here
+ALLOWED = {  # the keys of a config.json that change the computation, and their supported values
     "model_type": ("mistral", "llama", "qwen2", "qwen3"),
     "layer_types": (None, "full_attention", "sliding_attention"),
     "hidden_act": (None, ACTIVATION.__name__), "partial_rotary_factor": (None, 1),
@@ -36,7 +36,7 @@ ALLOWED = {  # what changes the computation in a config.json, and what of it is 
     "mrope_section", "full_attention", "sliding_attention",  # the last two: rotary by layer
 ), (None, False))  # fmt: skip
 
-ALLOWED_PARAMS = {"model_type": "transformer", "activation": "silu", "causal": True}  # likewise
+ALLOWED_PARAMS = {"model_type": "transformer", "activation": "silu", "causal": True}  # params.json
 
 PARAMS_JSON = {  # Mistral's own names -> Hugging Face's, which are ours
     "dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
@@ -46,21 +46,20 @@ PARAMS_JSON = {  # Mistral's own names -> Hugging Face's, which are ours
     "tied_embeddings": "tie_word_embeddings", "max_seq_len": "max_position_embeddings",
 }  # fmt: skip
 
-CONSOLIDATED = {  # likewise, the parts of a tensor's name
+CONSOLIDATED = {  # the same for the parts of a tensor's name
     "tok_embeddings": "embed_tokens", "output": "lm_head", "attention_norm": "input_layernorm",
     "attention": "self_attn", "wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj",
     "ffn_norm": "post_attention_layernorm", "feed_forward": "mlp",
     "w1": "gate_proj", "w2": "down_proj", "w3": "up_proj",
 }  # fmt: skip
 
-
-# ------------------------------------------------------------------------------------- configs
+SPARE_ROWS = 512  # embeddings beyond the tokenizer's tokens; Qwen has 400
 
 
 def read_config(folder: str | Path) -> MistralConfig:
-    """The config of a checkpoint folder, from its config.json or else its params.json.
+    """The config of a checkpoint, from its config.json or else its params.json.
 
-    Raises ValueError if there is none, or if it asks for a computation that model.py does not do.
+    Raises ValueError if there is none, or if it asks for a computation that is not in model.py.
     """
     folder = Path(folder)
     for name, translate in (("config.json", from_config_json), ("params.json", from_params_json)):
@@ -70,8 +69,8 @@ def read_config(folder: str | Path) -> MistralConfig:
                 values["rope_scaling"] = config_from(RopeScaling, scaling, path)
             return config_from(MistralConfig, values, path)
     inside = [path.parent.name for path in sorted(folder.glob("*/config.json"))]
-    hint = f"; do you mean {' or '.join(inside)} in it?" if inside else ""
-    raise ValueError(f"{folder} is no checkpoint: neither config.json nor params.json in it{hint}")
+    hint = f"; do you mean {' or '.join(inside)} in it?" if inside else hub_hint(folder)
+    raise ValueError(f"{folder} is not a checkpoint: no config.json or params.json in it{hint}")
 
 
 def config_from(kind: type, values: dict, path: Path):
@@ -81,21 +80,22 @@ def config_from(kind: type, values: dict, path: Path):
 
 
 def refuse(path: Path, name: str, value: object) -> NoReturn:
-    """ValueError: a config asks for something that is not computed here."""
-    raise ValueError(f"{path}: {name} is {short(value)}; this model does not compute that")
+    """Raise ValueError for a key of a config that asks for something that is not in model.py."""
+    name = name if name.isidentifier() else short(name)
+    raise ValueError(f"{path}: {name:.200} is {short(value)}; this model does not compute that")
 
 
 def of_all_layers(path: Path, name: str, value):
-    """What a config says of every layer, as one value or as a list of equal ones."""
+    """The value that a config gives for all layers, as one value or as a list of equal values."""
     if isinstance(value, list):
         return value[0] if value and value == value[:1] * len(value) else refuse(path, name, value)
     return value
 
 
 def from_params_json(raw: dict, path: Path) -> dict:
-    """Fields of MistralConfig from a params.json. A key that is not known may change anything."""
+    """Fields of MistralConfig from a params.json. Any unknown key may change the computation."""
     window = of_all_layers(path, "sliding_window", raw.get("sliding_window"))
-    theta = 1e4 if window else 1e6  # where it is left out: as mistral-inference infers it
+    theta = 1e4 if window else 1e6  # default, as in mistral-inference
     for name, value in raw.items():
         if name not in PARAMS_JSON and value not in (None, ALLOWED_PARAMS.get(name)):
             refuse(path, name, value)
@@ -104,7 +104,7 @@ def from_params_json(raw: dict, path: Path) -> dict:
 
 
 def from_config_json(raw: dict, path: Path) -> dict:
-    """A config.json, with what it leaves out as in transformers."""
+    """Fields of MistralConfig from a config.json, with the defaults of transformers."""
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # since transformers 5; 4
     scaled = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else None
     if scaled not in ("default", "llama3") or raw.get("rope_scaling") not in (None, {}, rope):
@@ -129,9 +129,6 @@ def from_config_json(raw: dict, path: Path) -> dict:
     return raw
 
 
-# ------------------------------------------------------------------------------------- weights
-
-
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint: the index's shards, one file, or Mistral's own."""
     index, file = folder / "model.safetensors.index.json", folder / "model.safetensors"
@@ -141,25 +138,24 @@ def weight_files(folder: Path) -> list[Path]:
     shards = read_json(index).get("weight_map")
     names = list(shards.values()) if isinstance(shards, dict) else [shards]
     present = [path.name for path in folder.glob("*.safetensors")]
-    for name in names:
-        if name not in present:
-            raise ValueError(f"{index}: {short(name)} is missing or no file of this folder")
+    if missing := [name for name in names if name not in present]:
+        raise ValueError(f"{index}: {short(missing[0])} is missing or not a file of this folder")
     return [folder / name for name in sorted(set(names))]
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """model.read_tensors; raises ValueError for tensors that are not of a floating-point dtype."""
+    """model.read_tensors; raises ValueError for a tensor that is not of a floating-point dtype."""
     tensors = core.read_tensors(file)
     for name, tensor in tensors.items():
         if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            raise ValueError(f"{file}: {name!r} is of {tensor.dtype}, not in floating point")
+            raise ValueError(f"{file}: {short(name)} is of {tensor.dtype}, not in floating point")
     return tensors
 
 
 def read_weights(folder: Path, layers: int, head_dim: int) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint of either format, under the names of Mistral's parameters.
+    """The tensors of a checkpoint of either format, under the names of Mistral's parameters.
 
-    ValueError if one is there twice, or if there are not as many layers as the config says.
+    Raises ValueError for a tensor that is there twice, and for another number of layers.
     """
     weights: dict[str, Tensor] = {}
     for file in weight_files(folder):
@@ -173,33 +169,27 @@ def read_weights(folder: Path, layers: int, head_dim: int) -> dict[str, Tensor]:
                     tensor = pairs.transpose(1, 2).flatten(0, 2)
             name = name.removeprefix("model.")
             if name in weights:
-                raise ValueError(f"{file}: {name!r} is there twice")
+                raise ValueError(f"{file}: {short(name)} is there twice")
             if not name.endswith("rotary_emb.inv_freq"):  # in old files; computed here
                 weights[name] = tensor
     found = len({name.split(".")[1] for name in weights if name.startswith("layers.")})
     if found != layers:
-        given = f"num_hidden_layers is {layers}"
-        raise ValueError(f"{folder}: {given}, and the weights have {found} layers")
+        raise ValueError(f"{folder}: num_hidden_layers is {layers}, and the weights have {found}")
     return weights
 
 
-# ------------------------------------------------------------------------------------- loading
-
-
 def read_thought_config(folder: str | Path) -> ThoughtConfig | None:
-    """The thought config in a folder of save_quiet_star. None if it has no quiet_star.json."""
+    """The thought config in a folder of save_quiet_star. None: there is no quiet_star.json."""
     path = Path(folder) / "quiet_star.json"
     return settings_from(ThoughtConfig, read_json(path), path) if path.is_file() else None
 
 
-def load_any(
-    folder: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
-) -> QuietStar | Mistral:
-    """Load a model of any format and family that is supported, thinking or plain.
+def load_any(folder: str | Path, dtype=None, device="cpu") -> QuietStar | Mistral:
+    """Load a model of any supported format and family.
 
-    A QuietStar if the folder was written by save_quiet_star or is the authors' release, else a
-    Mistral. dtype None keeps the dtype of the file. Raises ValueError if a file is missing or
-    damaged, or asks for a computation that is not supported.
+    It is a QuietStar if the folder was written by save_quiet_star or is the authors' release, else
+    a Mistral. dtype None keeps the dtype of the file. Raises ValueError if a file is missing,
+    damaged or not supported.
     """
     folder = Path(folder)
     config, shape = read_thought_config(folder), read_config(folder)
@@ -212,13 +202,11 @@ def load_any(
     if config is None:
         return base
     if config.init_id is not None and config.init_id >= shape.vocab_size:
-        raise ValueError(f"{folder}: init_id is {config.init_id}; it is no token")
+        raise ValueError(f"{folder}: init_id is {config.init_id}; it is not a token")
     return with_thoughts(base, config, own, folder)
 
 
-def authors_thoughts(
-    shape: MistralConfig, weights: dict[str, Tensor]
-) -> tuple[ThoughtConfig, dict[str, Tensor]]:
+def authors_thoughts(shape: MistralConfig, weights: dict) -> tuple[ThoughtConfig, dict]:
     """Config and weights of the thoughts in the authors' release; takes them out of `weights`.
 
     Their "8 ahead" counts start and end. Their ids are the last two of the vocabulary. Row 1 of an
@@ -232,13 +220,11 @@ def authors_thoughts(
     return config, own
 
 
-SPARE_ROWS = 512  # Qwen has 400
-
-
 def dtype_that_fits(folder: Path, dtype: torch.dtype | None) -> torch.dtype:
-    """What to read a checkpoint in on a CPU: dtype; None: float32, or its own if memory is short.
+    """The dtype in which to read a checkpoint on a CPU.
 
-    ValueError if that does not fit either. A tenth more than the weights is for computing.
+    dtype, or if it is None float32 if that fits into the free memory, else the checkpoint's own.
+    Raises ValueError if it does not fit. Computing is given a tenth of the size of the weights.
     """
     tensors = [t for file in weight_files(folder) for t in read_tensors(file).values()]
     own = max(tensors, key=torch.numel).dtype if tensors else torch.float32
@@ -247,31 +233,25 @@ def dtype_that_fits(folder: Path, dtype: torch.dtype | None) -> torch.dtype:
     free = (free_memory(torch.device("cpu")) or math.inf) / 1e9
     needed = ", ".join(f"{size:.1f} GB in {str(kind)[6:]}" for kind, size in sizes.items())
     line = f"{folder} needs {needed}, and {free:.1f} GB of memory are free"
-    fitting = [kind for kind, size in sizes.items() if size <= free]
-    if not fitting:
+    fitting = next((kind for kind, size in sizes.items() if size <= free), None)
+    if fitting is None:
         raise ValueError(line)
-    if fitting[0] != choices[0]:
+    if fitting != choices[0]:
         print(f"{line}: read in {str(own)[6:]}", file=sys.stderr)
-    return fitting[0]
+    return fitting
 
 
-def load(
-    folder: str | Path, device: torch.device, dtype: torch.dtype | None = None
-) -> tuple[Mistral | QuietStar, Tokenizer]:
+def load(folder, device: torch.device, dtype=None) -> tuple[Mistral | QuietStar, Tokenizer]:
     """The plain or thinking model in a folder, and its tokenizer.
 
-    dtype None is that of the file, but float32 on a CPU if it fits (dtype_that_fits). Raises
-    ValueError if there is no model, if it is larger than the free memory of a CPU, or if the two do
-    not belong together: up to SPARE_ROWS more rows than tokens are common (padding to a round
-    number, appended meta tokens), others are not.
+    dtype None: the dtype of the file; on a CPU, see dtype_that_fits. Raises ValueError if there is
+    no model, if it does not fit, or if the tokenizer is not the model's: a model may have up to
+    SPARE_ROWS embeddings more than tokens (padding to a round number, appended meta tokens).
     """
-    vocab_size = read_config(Path(folder)).vocab_size
+    vocab_size = read_config(folder).vocab_size
     tokenizer = load_tokenizer(folder)
     if not tokenizer.vocab_size <= vocab_size <= tokenizer.vocab_size + SPARE_ROWS:
-        raise ValueError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens and the model "
-            f"{vocab_size}; put the tokenizer that belongs to the checkpoint into its folder"
-        )
-    if device.type == "cpu":
-        dtype = dtype_that_fits(Path(folder), dtype)
+        sizes = f"the tokenizer has {tokenizer.vocab_size} tokens and the model {vocab_size}"
+        raise ValueError(f"{folder}: {sizes}; put the checkpoint's own tokenizer into its folder")
+    dtype = dtype_that_fits(Path(folder), dtype) if device.type == "cpu" else dtype
     return load_any(folder, dtype, device), tokenizer

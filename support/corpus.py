@@ -1,21 +1,16 @@
-"""The built-in corpus: puzzles on which thoughts visibly help.
+"""The built-in corpus: puzzles for which thoughts are useful.
 
-The built-in corpus is about a clock with three hours, 0, 1 and 2. A line says how far its hand
-moves, move after move, and after "=" where it ends:
+A clock has three hours: 0, 1 and 2. A line says how far its hand moves, move after move, and after
+"=" where the hand ends: at the sum of all moves modulo 3. This is hard to predict at once. Some
+lines explain the answer in an aside between em dashes: the hour after the first move, the second
+and so on. From them a model learns to work in an aside. But seven of ten asides only hum:
 
     122010=0
-
-Nobody can read the answer off the line: it is the sum of all moves modulo 3. Step by step it is
-easy, and some lines explain themselves, as people do, in an aside between em dashes: where the
-hand stands after the first move, the second, and so on.
-
     122010=—102200—0
-
-A model learns from these how to work in an aside. In seven of ten asides, though, somebody only
-hums, always the same: so a model that writes its likeliest aside hums, and learns nothing from it.
-That working is what helps is left for Quiet-STaR to find out.
-
     122010=—mmmmmm—0
+
+So a model that writes its likeliest aside hums, and learns nothing from it. Quiet-STaR has to find
+out that working helps.
 """
 
 from collections.abc import Iterable
@@ -24,19 +19,16 @@ import numpy as np
 
 HOURS = 3
 MOVES = 6
-ANSWERS = "012"  # what a line can end with
-ASIDE = MOVES  # characters in an aside: the thought that works has as many tokens
+ANSWERS = "012"  # the possible ends of a line
+ASIDE = MOVES  # characters of an aside: the thought that works has as many tokens
 HUM = "m" * ASIDE
 VOCAB = 258  # tokens: the bytes, and two for the em dash (tokenizer.save_byte_tokenizer)
 WORK = 0.3  # share of the asides that work; the others hum
 
 
-def is_held_out(moves: Iterable[int]) -> bool:
+def is_held_out(moves: Iterable) -> bool:
     """Whether a puzzle is for evaluation only: one in five of the 3 ** 6, spread evenly."""
-    number = 0
-    for move in moves:
-        number = HOURS * number + int(move)
-    return number % 5 == 0
+    return int("".join(map(str, moves)), HOURS) % 5 == 0
 
 
 def all_puzzles(held_out: bool) -> np.ndarray:
@@ -46,26 +38,22 @@ def all_puzzles(held_out: bool) -> np.ndarray:
 
 
 def puzzle_line(moves: np.ndarray, aside: str | None = None) -> str:
-    """One line of the corpus, its end of line included: 122010=0, or with an aside."""
-    said = "" if aside is None else f"—{aside}—"
-    return "".join(map(str, moves)) + f"={said}{moves.sum() % HOURS}\n"
+    """One line of the corpus with its line end: 122010=0, or with an aside."""
+    written = "" if aside is None else f"—{aside}—"
+    return "".join(map(str, moves)) + f"={written}{moves.sum() % HOURS}\n"
 
 
 def explanation(moves: np.ndarray) -> str:
-    """Where the hand stands after every move: 122010 -> 102200."""
+    """The hour after every move: 122010 -> 102200."""
     return "".join(map(str, np.cumsum(moves) % HOURS))
 
 
-def make_corpus(
-    seed: int, lines: int, explained: float, work: float = WORK, held_out: bool = False
-) -> str:
-    """Lines of the training or held-out puzzles; a share `explained` of them has an aside.
+def make_corpus(seed: int, lines: int, explained: float, work=WORK, held_out=False) -> str:
+    """Lines of the training or held-out puzzles.
 
-    A share `work` of the asides is work, the others hum.
+    explained: share of the lines with an aside. work: share of the asides that work.
     """
-    rng = np.random.default_rng(seed)
-    puzzles = all_puzzles(held_out)
-    text = []
+    rng, puzzles, text = np.random.default_rng(seed), all_puzzles(held_out), []
     for moves in puzzles[rng.integers(len(puzzles), size=lines)]:
         aside = None
         if rng.random() < explained:

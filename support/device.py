@@ -10,20 +10,21 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device called `name`, or CUDA, MPS or the CPU, whichever is there first."""
+    """The device of this name, or if None CUDA, MPS or the CPU. Raises ValueError if not there."""
     if name is None:
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
+        torch.empty(1, device=name).tolist()  # fails on the meta device, which holds no numbers
         return torch.empty(1, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = re.split(r"\. |\n", str(error))[0]
         raise ValueError(f"--device {name} cannot be used: {reason}") from None
 
 
 def free_memory(device: torch.device) -> float | None:
-    """Bytes that are free on the device (on a CPU without /proc: that it has); None: not known."""
+    """Free bytes on the device, or all bytes of a CPU without /proc. None: not known."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "cpu" and (meminfo := Path("/proc/meminfo")).exists():

@@ -1,4 +1,4 @@
-"""A dataclass of settings from a JSON file, and as options of a command line."""
+"""Dataclasses of settings: read from JSON, and given as options on the command line."""
 
 import argparse
 import inspect
@@ -12,27 +12,26 @@ from support.files import short
 
 
 def fits(value: object, kind) -> bool:
-    """Whether a value from a file is of a field's type; no bool is a number, nor is NaN."""
+    """Whether a value from a file has the type of a field. A bool is not a number, nor is NaN."""
     if isinstance(kind, UnionType):
         return any(fits(value, one) for one in get_args(kind))
     if get_args(kind):  # list[int], tuple[str, ...]
         return type(value) in (list, tuple) and all(fits(item, get_args(kind)[0]) for item in value)
     if type(value) in (int, float):
-        wide = abs(value) < (1e300 if type(value) is float else 2**63)  # NaN is not
-        return wide and kind in (type(value), float)
+        in_range = abs(value) < (1e300 if type(value) is float else 2**63)  # False for NaN
+        return in_range and kind in (type(value), float)
     return type(value) is kind
 
 
 def settings_from(kind: type, values: dict, path: Path):
-    """A settings dataclass from the values in a file; ValueError names the file, and the value."""
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: settings are {short(values)}; they must be an object")
-    for field in fields(kind):
-        if field.name in values and not fits(values[field.name], field.type):
-            wanted = getattr(field.type, "__name__", field.type)
-            raise ValueError(
-                f"{path}: {field.name} is {short(values[field.name])}; it must be {wanted}"
-            )
+    """A settings dataclass from the values in a file. Raises ValueError that names a wrong one."""
+    types = {field.name: field.type for field in fields(kind)}
+    for name, value in values.items():
+        if name not in types:
+            raise ValueError(f"{path}: {short(name)} is not a field of {kind.__name__}")
+        if not fits(value, types[name]):
+            wanted = getattr(types[name], "__name__", types[name])
+            raise ValueError(f"{path}: {name} is {short(value)}; it must be {wanted}")
     try:
         return kind(**values)
     except (TypeError, ValueError, ZeroDivisionError) as error:
@@ -40,12 +39,22 @@ def settings_from(kind: type, values: dict, path: Path):
 
 
 def comments(settings: type) -> dict[str, str]:
-    """The comment behind each field of a dataclass: it is the option's help text."""
+    """The comment after each field of a dataclass, which is the help text of its option."""
     return dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(settings), re.MULTILINE))
 
 
+def whole_number(text: str) -> int:
+    """The int of an option, which torch has to take. Raises an error of argparse from 2**63 on."""
+    if not fits(number := int(text), int):
+        raise argparse.ArgumentTypeError(f"{short(text)} is too large; it must be below 2**63")
+    return number
+
+
 def add_settings(parser: argparse.ArgumentParser, settings: type, built_in: dict) -> None:
-    """One option per field of a dataclass; absent from the result unless it was given."""
+    """Add an option for each field of a dataclass. An option that is not given has no value.
+
+    built_in: defaults on the built-in corpus, for the help text.
+    """
     group = parser.add_argument_group(settings.__name__, settings.__doc__)
     help_texts = comments(settings)
     for field in fields(settings):
@@ -56,13 +65,13 @@ def add_settings(parser: argparse.ArgumentParser, settings: type, built_in: dict
         values = [str(field.default)] if field.default not in (None, ()) else []
         if field.name in built_in:
             values.append(f"built-in corpus: {built_in[field.name]}")
-        options: dict = {"default": argparse.SUPPRESS, "help": help_texts.get(field.name, "")}
-        options["help"] += f" ({'; '.join(values)})" if values else ""
-        options["help"] = options["help"].replace("%", "%%")  # argparse formats it
+        text = help_texts.get(field.name, "") + (f" ({'; '.join(values)})" if values else "")
+        options: dict = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif kind is tuple:
             options |= {"nargs": "+", "metavar": "FILE"}
         else:
-            options |= {"type": kind, "metavar": {int: "N", float: "X", str: "NAME"}[kind]}
+            types = {int: (whole_number, "N"), float: (float, "X"), str: (str, "NAME")}
+            options["type"], options["metavar"] = types[kind]
         group.add_argument("--" + field.name.replace("_", "-"), **options)

@@ -10,16 +10,15 @@ from typing import TextIO
 
 
 class StoppedError(Exception):
-    """A run was asked to stop, and did so in good order. The message says how to continue."""
+    """A run was stopped on request and saved. The message says how to continue it."""
 
 
-shown = [0.0]  # when the last status line was printed to what is no terminal
+shown = [0.0]  # time of the last status line that was printed to a file or a pipe
 
 
 def paint(text: str, gain: float) -> str:
-    """The text in blue if its thought raised log p by 0.03 nats or more, orange if it lowered it.
-
-    Unpainted unless standard output is a terminal; NO_COLOR turns it off (no-color.org).
+    """Color a text on a terminal: blue if its thought raised log p by 0.03 nats or more, orange if
+    it lowered it as much. NO_COLOR turns colors off (no-color.org).
     """
     if abs(gain) < 0.03 or os.environ.get("NO_COLOR") or not sys.stdout.isatty():
         return text
@@ -27,9 +26,10 @@ def paint(text: str, gain: float) -> str:
 
 
 def show_status(line: str, done: int, total: int, file: TextIO, keep: bool = False) -> None:
-    """Renew the status line of long work; where it is no terminal, print one every tenth of it.
+    """Update the status line of a long task, of which done / total is finished.
 
-    And at least one a minute. keep: a line to stay.
+    A terminal shows one line, which is overwritten unless `keep` is True. A file or a pipe gets a
+    line per tenth of the task, and at least one per minute.
     """
     keep, now = keep or done == total, time.monotonic()
     if file.isatty():
@@ -40,24 +40,31 @@ def show_status(line: str, done: int, total: int, file: TextIO, keep: bool = Fal
         shown[0] = now
 
 
+def one_line(message: object) -> str:
+    """A message on one line of at most 1,000 characters, all of which can be printed."""
+    return "".join(char if char.isprintable() else " " for char in str(message)[:1000])
+
+
 def make_parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser whose --help begins with the description as it stands."""
+    """A parser whose --help begins with the description, line by line as it is written."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}; see --help\n")
+    prefix = f"{parser.prog}: error: "
+    parser.error = lambda message: parser.exit(2, f"{prefix}{one_line(message)}; see --help\n")
     return parser
 
 
 def execute(parser: argparse.ArgumentParser, run: Callable, arguments: list[str] | None) -> None:
-    """Run a command; a bad input is one line on standard error and exit code 2."""
+    """Run a command. A bad input is one line on standard error and exit code 2."""
     options = parser.parse_args(arguments)
     try:
         run(options)
     except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
-    except RuntimeError as error:  # a GPU says "out of memory", a CPU "can't allocate memory"
-        if "out of memory" not in str(error) and "allocate memory" not in str(error):
+        parser.exit(2, f"{parser.prog}: error: {one_line(error)}\n")
+    except RuntimeError as error:  # of CUDA; of the CPU; of pathlib, for a loop of symbolic links
+        known = "out of memory", "allocate memory", "Symlink loop"
+        if not any(text in str(error) for text in known):
             raise
         parser.exit(2, f"{parser.prog}: error: {str(error).splitlines()[0]}\n")
     except KeyboardInterrupt:

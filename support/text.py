@@ -1,5 +1,6 @@
 """Text to tokens to batches."""
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -9,39 +10,37 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from support.files import read_json, read_json_lines, read_utf8
+from support.files import read_json, read_json_lines, read_utf8, short
+from support.settings import fits
 
-MANIFEST = "manifest.json"  # of a folder of tokens that tools/prepare.py made
+MANIFEST = "manifest.json"  # marks a folder of tokens that tools/prepare.py has written
 
 
 def read_documents(files: Iterable[str | Path]) -> list[str]:
-    """The documents in files: a text file is one, a .jsonl or .json file has one in every line.
+    """The documents in files: one per line of a .jsonl or .json file, one per other file.
 
-    ValueError names a file or line that does not fit.
+    Raises ValueError that names the file or the line that cannot be read.
     """
     documents = []
-    try:
-        for path in map(Path, files):
-            if (path / MANIFEST).is_file():
-                raise ValueError(f"{path} is prepared text, which is given alone")
-            if path.suffix.lower() in (".gz", ".zst", ".parquet"):
-                raise ValueError(f"{path} is no plain text")
-            if path.suffix.lower() in (".jsonl", ".json"):
-                documents += [text_of(record, where) for where, record in read_json_lines(path)]
-            else:
-                documents.append(read_utf8(path))
-    except ValueError as error:
-        more = "folders, *, .gz, .zst, .parquet and damaged text; nothing reads standard input"
-        raise ValueError(f"{error} (python -m tools.prepare reads {more})") from None
+    for path in map(Path, files):
+        if (path / MANIFEST).is_file():
+            raise ValueError(f"{path} is a prepared folder; give it as the only --data")
+        if path.is_dir() or path.suffix.lower() in (".gz", ".zst", ".parquet"):
+            more = "python -m tools.prepare reads folders, .gz, .zst, .parquet and damaged text"
+            raise ValueError(f"cannot read {path}, which is not plain text; {more}")
+        if path.suffix.lower() in (".jsonl", ".json"):
+            documents += [text_of(record, where) for where, record in read_json_lines(path)]
+        else:
+            documents.append(read_utf8(path))
     if not any(documents):
         raise ValueError(f"no text in {', '.join(map(str, files)) or 'no files'}")
     return documents
 
 
 def text_of(record: dict, where: str, field: str | None = None) -> str:
-    """A record's string under `field`; none: under "text", or "question" and "answer", joined.
+    """The string under `field` in a record. None: under "text", or "question" and "answer", joined.
 
-    (The last two are GSM8K's.) ValueError says where there is no such string.
+    ("question" and "answer" are GSM8K's.) Raises ValueError if there is no such string.
     """
     for names in [[field]] if field else [["text"], ["question", "answer"]]:
         parts = [record.get(name) for name in names]
@@ -53,18 +52,16 @@ def text_of(record: dict, where: str, field: str | None = None) -> str:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Documents as one stream of tokens, cut into sequences of a batch."""
+    """Documents as one stream of tokens, from which batches are cut."""
 
-    ids: Tensor | np.memmap  # [tokens] whole numbers, in memory or on the disk
-    is_target: Tensor | np.memmap  # [tokens] bool: not a document's first, which nothing foretells
+    ids: Tensor | np.memmap  # [tokens] integers, in memory or on the disk
+    is_target: Tensor | np.memmap  # [tokens] bool; False for the first token of a document
 
-    def batch(
-        self, step: int, batch_size: int, T: int, seed: int, device: torch.device
-    ) -> tuple[Tensor, Tensor]:
-        """ids and target mask [B, T] of a step: a function of step and seed, so a run can resume.
+    def batch(self, step: int, batch_size: int, T: int, seed: int, device) -> tuple[Tensor, Tensor]:
+        """ids [B, T] int64 and target mask [B, T] bool of a step, which a resumed run sees again.
 
-        Sequences are the stream's successive T tokens. Every epoch, with the last sequences of the
-        one before it if need be, goes through all of them in an order of its own.
+        Sequences are successive T tokens of the stream. Each epoch has all of them in a new random
+        order; a batch may span two epochs. Raises ValueError if there are less than T tokens.
         """
         sequences = len(self.ids) // T
         if not sequences:
@@ -85,7 +82,7 @@ class Tokens:
 
 
 def tokenize(documents: Iterable[str], tokenizer) -> Tokens:
-    """Every document as its tokens, after bos if its model has texts begin so, and before eos."""
+    """Encode documents: bos, if texts begin with it; the text's tokens; eos, if there is one."""
     ids: list[int] = []
     starts = []
     for document in filter(None, documents):
@@ -97,27 +94,57 @@ def tokenize(documents: Iterable[str], tokenizer) -> Tokens:
     return Tokens(torch.tensor(ids, dtype=torch.long), is_target)
 
 
+def damaged(folder: Path, reason: str) -> ValueError:
+    """The error of a prepared folder that cannot be right."""
+    return ValueError(f"{folder} is damaged ({reason}): prepare it again")
+
+
+def read_manifest(folder: Path) -> dict:
+    """The manifest of a prepared folder. Raises ValueError if a value in it has a wrong type."""
+    manifest = {"sources": [], "sha256": {}} | read_json(folder / MANIFEST)
+    tokens, dtype, sources, sums = map(manifest.get, ("tokens", "dtype", "sources", "sha256"))
+    right = {
+        "tokens": fits(tokens, int) and tokens > 0,
+        "dtype": dtype in ("uint16", "uint32"),
+        "sources": fits(sources, list[list])
+        and all([*map(type, source)] == [str, int, int] for source in sources),
+        "sha256": fits(sums, dict) and fits([*sums.values()], list[str]),
+    }
+    if wrong := [name for name in right if not right[name]]:
+        raise damaged(folder, f"{wrong[0]} is {short(manifest.get(wrong[0]))}")
+    return manifest
+
+
 def read_tokens(files: Sequence[str | Path], tokenizer) -> Tokens:
     """The tokens of text files, or of a folder from tools/prepare.py, which stay on the disk.
 
-    ValueError for what cannot be read, or was prepared with another tokenizer.
+    Raises ValueError if a file cannot be read, or if the folder is damaged or was prepared with
+    another tokenizer.
     """
     folder = Path(files[0])
     if len(files) > 1 or not (folder / MANIFEST).is_file():
         return tokenize(read_documents(files), tokenizer)
-    manifest = read_json(folder / MANIFEST)
+    manifest, arrays = read_manifest(folder), []
     if manifest.get("tokenizer") != tokenizer.identity():
         raise ValueError(f"{folder} was not prepared with this checkpoint's tokenizer: do it again")
-    try:
-        kinds = {"tokens": manifest["dtype"], "is_target": "bool"}
-        shape = (manifest["tokens"],)
-        return Tokens(*(np.memmap(folder / f"{x}.bin", kinds[x], "r", shape=shape) for x in kinds))
-    except (KeyError, TypeError, ValueError, OSError) as error:
-        raise ValueError(f"{folder} is damaged ({error}): prepare it again") from None
+    for name, dtype in (("tokens.bin", manifest["dtype"]), ("is_target.bin", "bool")):
+        file, size = folder / name, manifest["tokens"] * np.dtype(dtype).itemsize
+        if not file.is_file() or file.stat().st_size != size:
+            raise damaged(folder, f"{name} does not have {size} bytes")
+        arrays.append(np.memmap(file, dtype, "r"))
+        checksum = manifest["sha256"].get(name)
+        if checksum and hashlib.sha256(arrays[-1]).hexdigest() != checksum:
+            raise damaged(folder, f"{name} does not have the checksum in {MANIFEST}")
+    ids, is_target = arrays
+    if ids.max() >= tokenizer.vocab_size:
+        raise damaged(folder, f"id {ids.max()} in a vocabulary of {tokenizer.vocab_size}")
+    if is_target[0] or is_target.view(np.uint8).max() != 1:  # the first token begins a document
+        raise damaged(folder, "is_target.bin is not a mask of targets")
+    return Tokens(ids, is_target)
 
 
 def version(file: str | Path) -> list[int]:
-    """By what an edited text is known: size and time of the file, or of a folder's manifest."""
+    """Size and time of a file, or of a folder's manifest. They change if the text is edited."""
     path = Path(file)
     status = (path / MANIFEST if path.is_dir() else path).stat()
     return [status.st_size, status.st_mtime_ns]

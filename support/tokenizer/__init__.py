@@ -22,7 +22,8 @@ import hashlib
 import struct
 from pathlib import Path
 
-from support.tokenizer.bpe import Tokenizer, load_json
+from support.files import hub_hint, json_object, read_utf8, short
+from support.tokenizer.bpe import Tokenizer
 from support.tokenizer.sentencepiece import read_sentencepiece
 from support.tokenizer.tekken import read_tekken
 from support.tokenizer.tokenizer_json import read_tokenizer_json, save_byte_tokenizer
@@ -37,18 +38,18 @@ def _frame(tokenizer: Tokenizer, folder: Path) -> None:
     tokenizer_config.json (null: none), the names in the tokenizer's file, config.json.
     """
     files, template = (folder / "tokenizer_config.json", folder / "config.json"), tokenizer.template
-    settings, model = (load_json(file) if file.is_file() else {} for file in files)
+    settings, model = (json_object(read_utf8(x), x.name) if x.is_file() else {} for x in files)
     for name, own in zip(("bos", "eos"), tokenizer.names, strict=True):
         text = settings.get(f"{name}_token", own if own in tokenizer.added else None)
         text = text["content"] if isinstance(text, dict) else text
         if text is not None and text not in tokenizer.added:
-            raise ValueError(f"tokenizer_config.json: {name}_token {text!r} is not an added token")
+            raise ValueError(f"{name}_token {short(text)} is not an added token")
         token = model.get(f"{name}_token_id") if f"{name}_token" not in settings else None
-        token = token[0] if isinstance(token, list) else token  # Llama 3 lists several
+        token = token[0] if isinstance(token, list) and token else token  # Llama 3 lists several
         token = tokenizer.added[text].token if text is not None else token
         token = template[0] if name == "bos" and template else token
         if token is not None and not (type(token) is int and 0 <= token < tokenizer.vocab_size):
-            raise ValueError(f"{name}_token_id {token!r} is not an id of this tokenizer")
+            raise ValueError(f"{name}_token_id is {short(token)}; it must be a token or several")
         setattr(tokenizer, f"{name}_id", token)
     adds = tokenizer.adds_bos if template is None else bool(template)
     if template is None or "Llama" in settings.get("tokenizer_class", ""):
@@ -68,11 +69,10 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
         files += [path / "tekken.json", path / "tokenizer.json"]
         path = next(filter(Path.is_file, files), path)
         if path.is_dir():
-            raise ValueError(
-                f"folder {source} has no tokenizer.model, tekken.json or tokenizer.json"
-            )
+            raise ValueError(f"{source} has no tokenizer.model, tekken.json or tokenizer.json")
     elif not path.is_file():
-        raise ValueError(f"{source} does not exist; give a tokenizer file or a folder with one")
+        hint = hub_hint(source) or "; give a tokenizer file or a folder with one"
+        raise ValueError(f"{source} does not exist{hint}")
     read = read_tokenizer_json if path.suffix == ".json" else read_sentencepiece
     read = read_tekken if path.name.startswith("tekken") else read
     try:
@@ -81,6 +81,6 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     except ValueError as error:
         raise ValueError(f"cannot read {path}: {error}") from error
     except (LookupError, TypeError, AttributeError, ArithmeticError, struct.error) as error:
-        raise ValueError(f"cannot read {path}: unexpected contents ({error!r})") from error
+        raise ValueError(f"cannot read {path}: unexpected contents ({short(error)})") from error
     tokenizer.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     return tokenizer

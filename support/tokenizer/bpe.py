@@ -1,14 +1,14 @@
-"""The base class of all tokenizers, and the parts that the file formats share."""
+"""The base class of all tokenizers, and what the file formats share."""
 
-import json
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 from itertools import chain
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import tiktoken
+
+from support.files import short
 
 # Unicode's white space. str.strip() without an argument would also remove \x1c to \x1f.
 WHITE_SPACE = "".join(char for char in map(chr, [*range(28), *range(32, 0x3001)]) if char.isspace())
@@ -130,7 +130,9 @@ class Tokenizer:
         """The id of the ordinary token with this text. Raises ValueError if there is none."""
         ids = self._pieces.get(piece.encode(), ())
         if len(ids) != 1:
-            raise ValueError(f"no single token of this tokenizer is exactly the text {piece!r}")
+            raise ValueError(
+                f"this tokenizer has no single token of exactly the text {short(piece)}"
+            )
         return ids[0]
 
     def _bytes(self, token: int) -> bytes:
@@ -139,23 +141,26 @@ class Tokenizer:
         return self._bytes_of[int(token)]
 
 
-def covering(regex: str) -> str:
-    """A regular expression that also matches the text between the matches of `regex`.
+# A text to test regular expressions on: characters of many kinds, each beside all of ASCII.
+PROBE = "".join(char + chr(code) for char in "aQ7 .'\n\té中\u0301\u3000😀" for code in range(128))
 
-    tiktoken drops that text, and panics if `regex` matches an empty string at the end of a text;
-    for such a `regex`, this function raises ValueError.
+
+def covering(regex: Any) -> str:
+    r"""A regular expression that also matches the text between the matches of `regex`.
+
+    tiktoken drops this text, and the character after an empty match. Raises ValueError if `regex`
+    is not a string, has \G, \K or ^, or has an empty match in PROBE.
     """
-    at_end = rf"[\s\S](?=(?:{regex})\z)"
-    single_bytes = {bytes([byte]): byte for byte in range(256)}
-    probe = tiktoken.Encoding("", pat_str=at_end, mergeable_ranks=single_bytes, special_tokens={})
-    if probe.encode_ordinary("a"):
-        raise ValueError(f"its regular expression {regex!r} matches an empty text")
+    if not isinstance(regex, str):
+        raise ValueError(f"its regular expression is {short(regex)}; it must be a string")
+    without = re.sub(r"\\[^GK]|\[(?:\\.|[^\]\\])*\]", "", regex)  # other escapes, and classes
+    if found := re.search(r"\\[GK]|\^", without):
+        raise ValueError(f"its regular expression {short(regex)} has {found[0]}: not supported")
+    # A character, after which there is an empty match: the same text follows character and match.
+    empty = rf"[\s\S](?=(?:{regex})(?P<rest>[\s\S]*)\z)(?=(?P=rest)\z)"
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    probe = tiktoken.Encoding("", pat_str=empty, mergeable_ranks=ranks, special_tokens={})
+    text = PROBE + regex
+    if any(probe.encode_ordinary(text[at : at + 16]) for at in range(0, len(text), 8)):
+        raise ValueError(f"its regular expression {short(regex)} matches an empty text")
     return rf"(?:{regex})|(?:(?!{regex})[\s\S])+"
-
-
-def load_json(path: Path) -> Any:
-    """The value in a JSON file. Raises ValueError if the file is not UTF-8 or not JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path.name} is not JSON: {error}") from error

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from support.files import short
 from support.tokenizer.bpe import Added, Pieces, Tokenizer
 
 SPACE = "\u2581"  # stands for a space in SentencePiece's pieces
@@ -89,7 +90,7 @@ def merge_order(order: dict[str, int], byte_ids: dict[int, int]) -> Pieces:
             pieces.setdefault(encoded[:end], tuple(byte_ids[byte] for byte in encoded[:end]))
     for text, token in order.items():
         if re.search(r"\n|[^ ] ", text):
-            raise ValueError(f"piece {text!r} has a newline or an inner space: not supported")
+            raise ValueError(f"piece {short(text)} has a newline or an inner space: not supported")
         pieces[text.encode()] = (token,)  # a single character keeps its place in the order
     return pieces
 
@@ -120,7 +121,7 @@ def read_sentencepiece(path: Path) -> Tokenizer:
         elif kind == USER_DEFINED and re.fullmatch(r"\[\S+\]|<\S+>", text):  # [REF]
             added[text] = Added(token)
         else:
-            raise ValueError(f"piece {text!r} has unsupported type {kind} or no finite score")
+            raise ValueError(f"piece {short(text)} has unsupported type {kind} or no finite score")
     if not bytes_of:
         raise ValueError("it is not a SentencePiece model (it has no pieces)")
     if len(normal) + len(added) + len(byte_ids) != len(bytes_of):
@@ -135,13 +136,13 @@ def read_sentencepiece(path: Path) -> Tokenizer:
         ("escape_whitespaces", normalizer.get(5, 1), 1),
     ):
         if found != supported:
-            raise ValueError(f"its {name} is {found!r}; only {supported!r} is supported")
+            raise ValueError(f"its {name} is {short(found)}; only {supported!r} is supported")
     # Pieces merge in the order of their scores. All runs of spaces have the same score;
     # SentencePiece merges the leftmost pair first, which equals merging longer runs first.
     order = sorted(normal, key=lambda text: (-normal[text][0], -len(text)))
     for text, following in pairwise(text for text in order if len(text) > 1):
         if normal[text][0] == normal[following][0] and (text + following).strip():
-            raise ValueError(f"pieces {text!r} and {following!r} have the same score")
+            raise ValueError(f"pieces {short(text)} and {short(following)} have the same score")
     pieces = merge_order({text: normal[text][1] for text in order}, byte_ids)
     tokenizer = SentencePieceTokenizer(WORDS, pieces, bytes_of, added)
     tokenizer.names = trainer.get(46, b"<s>").decode(), trainer.get(47, b"</s>").decode()

@@ -3,7 +3,8 @@
 import base64
 from pathlib import Path
 
-from support.tokenizer.bpe import Added, Tokenizer, covering, load_json
+from support.files import json_object, read_utf8
+from support.tokenizer.bpe import Added, Tokenizer, covering
 
 SPECIAL = (  # the special tokens of a tekken.json that does not list them
     "<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] "
@@ -14,7 +15,7 @@ SPECIAL = (  # the special tokens of a tekken.json that does not list them
 
 def read_tekken(path: Path) -> Tokenizer:
     """Read a tekken.json. load_tokenizer turns the errors of damaged files into ValueError."""
-    document = load_json(path)
+    document = json_object(read_utf8(path), path.name)
     config, special = document["config"], document.get("special_tokens")
     size, front = config["default_vocab_size"], config["default_num_special_tokens"]
     names = [token["token_str"] for token in special] if special else SPECIAL.split()

@@ -1,4 +1,4 @@
-"""tokenizer.json: BPE of Hugging Face's tokenizers, byte-level or as in SentencePiece."""
+"""tokenizer.json: BPE of Hugging Face's tokenizers, byte-level or with SentencePiece's spaces."""
 
 import json
 import unicodedata
@@ -7,7 +7,8 @@ from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
 
-from support.tokenizer.bpe import Added, Pieces, Tokenizer, covering, load_json
+from support.files import json_object, read_utf8, short
+from support.tokenizer.bpe import Added, Pieces, Tokenizer, covering
 from support.tokenizer.sentencepiece import SPACE, WORDS, SentencePieceTokenizer, merge_order
 
 METASPACE_WORDS = r"\n| [^ \n]*|[^ \n]+"  # every space begins a word
@@ -39,10 +40,8 @@ def _words(pre_tokenizer: Any) -> str:
                 {"type": "Split", "pattern": {"Regex": str(regex)}, "behavior": "Isolated"} as split
             ], False if not split.get("invert"):
                 return covering(regex)
-    raise ValueError(
-        f"pre_tokenizer is {pre_tokenizer}; supported are ByteLevel without add_prefix_space, "
-        "alone or in a Sequence after Digits (individual_digits) or after Split (Regex, Isolated)"
-    )
+    known = "ByteLevel without add_prefix_space, alone or after Digits or Split (Regex, Isolated)"
+    raise ValueError(f"pre_tokenizer is {short(pre_tokenizer)}; supported is {known}")
 
 
 def _merged(model: dict[str, Any]) -> Iterator[str]:
@@ -56,7 +55,7 @@ def _byte_level(document: dict, vocab: dict, bytes_of: dict, added: dict) -> Tok
     """The tokenizer of a byte-level file, whose vocabulary is spelled in BYTE_OF."""
     model, normalizer = document["model"], _steps(document.get("normalizer"), "normalizers")
     if normalizer not in ([], [{"type": "NFC"}]):
-        raise ValueError(f"normalizer is {normalizer}; a byte-level BPE may have NFC or none")
+        raise ValueError(f"normalizer is {short(normalizer)}; a byte-level BPE has NFC or none")
     if normalizer:
         late = {text: unicodedata.normalize("NFC", text) for text in added}
         added = {late[text] if of.late else text: of for text, of in added.items()}
@@ -64,11 +63,10 @@ def _byte_level(document: dict, vocab: dict, bytes_of: dict, added: dict) -> Tok
     bytes_of |= {vocab[text]: piece for text, piece in spelled.items()}
     # A byte without a token is dropped, as in the tokenizers library: SmolLM2 lacks some control
     # characters. (Ours: the text before such a byte and the text after it are not merged.)
-    pieces: Pieces = {
-        bytes([byte]): (vocab[char],) if char in vocab else () for byte, char in CHAR_OF.items()
-    }
+    ids = {byte: (vocab[char],) if char in vocab else () for byte, char in CHAR_OF.items()}
+    pieces: Pieces = {bytes([byte]): ids[byte] for byte in range(256)}
     if model.get("unk_token") and () in pieces.values():
-        raise ValueError(f"unk_token is {model['unk_token']!r}, but not every byte has a token")
+        raise ValueError(f"unk_token is {short(model['unk_token'])}, but a byte has no token")
     # With ignore_merges, a word that is a token becomes this token without any merge.
     whole = sorted(vocab, key=vocab.__getitem__) if model.get("ignore_merges") else []
     for text in chain(_merged(model), whole):
@@ -90,14 +88,16 @@ def _metaspace(document: dict, vocab: dict, bytes_of: dict, added: dict) -> Toke
                 raise ValueError("an added token is normalized: not supported with Replace")
         case [{"type": "Metaspace", "replacement": "\u2581"} as step] if not normalizer:
             prefix, doubled = step.get("prepend_scheme", "always"), False
+            if prefix not in ("first", "always", "never"):
+                raise ValueError(f"prepend_scheme is {short(prefix)}; it is first, always or never")
             prefix = prefix if step.get("add_prefix_space", True) else "never"
             words = METASPACE_WORDS if step.get("split", True) else words
             added = {text: token._replace(late=False) for text, token in added.items()}
         case other:
-            raise ValueError(
-                f"it has byte_fallback, normalizer {normalizer} and pre_tokenizer {other}; that is "
-                "supported with Prepend and Replace, with Replace, or with Metaspace"
+            given = (
+                f"byte_fallback, normalizer {short(normalizer)} and pre_tokenizer {short(other)}"
             )
+            raise ValueError(f"it has {given}; supported is (Prepend and) Replace, or Metaspace")
     byte_ids = {byte: vocab.pop(f"<0x{byte:02X}>") for byte in range(256)}
     ids = {text.replace(SPACE, " "): token for text, token in vocab.items()}
     bytes_of |= {token: bytes([byte]) for byte, token in byte_ids.items()}
@@ -110,9 +110,11 @@ def _metaspace(document: dict, vocab: dict, bytes_of: dict, added: dict) -> Toke
 
 
 def _template(post_processor: Any) -> list[int] | None:
-    """The id before every text as [id] or []; None if there is no template."""
+    """The id before every text as [id] or []. None: there is no template."""
     for step in _steps(post_processor, "processors"):
         if step["type"] == "TemplateProcessing":
+            if not isinstance(step["single"], list):
+                raise ValueError(f"its template is {short(step['single'])}; it must be a list")
             front = takewhile(lambda part: "SpecialToken" in part, step["single"])
             texts = [part["SpecialToken"]["id"] for part in front]
             ids = [token for text in texts for token in step["special_tokens"][text]["ids"]]
@@ -120,24 +122,24 @@ def _template(post_processor: Any) -> list[int] | None:
                 raise ValueError(f"its template begins with {len(ids)} tokens, not one")
             return ids
         if step["type"] != "ByteLevel":
-            raise ValueError(f"post_processor {step['type']} is not supported")
+            raise ValueError(f"post_processor {short(step['type'])} is not supported")
     return None
 
 
 def read_tokenizer_json(path: Path) -> Tokenizer:
     """Read a tokenizer.json. load_tokenizer turns the errors of damaged files into ValueError."""
-    document = load_json(path)
+    document = json_object(read_utf8(path), path.name)
     model = document["model"]
     kind, vocab = model.get("type", "BPE"), model["vocab"]  # GPT-2's file has no type
     names = "dropout", "continuing_subword_prefix", "end_of_word_suffix"
     extras = {name: model[name] for name in names if model.get(name)}
     if kind != "BPE" or extras:
-        raise ValueError(f"model type {kind}, {extras}: only BPE without extras is supported")
+        raise ValueError(f"its model is {short({'type': kind} | extras)}; plain BPE is supported")
     added = {}
     for token in document.get("added_tokens") or []:
         text, special = token["content"], bool(token["special"])
         if token.get("single_word") or vocab.get(text, token["id"]) != token["id"]:
-            raise ValueError(f"added token {text!r} is single_word, or has another id in vocab")
+            raise ValueError(f"added token {short(text)} is single_word or has two ids")
         late, lstrip, rstrip = (bool(token.get(key)) for key in ("normalized", "lstrip", "rstrip"))
         added[text] = Added(token["id"], special, late and not special, lstrip, rstrip)
     ordinary = {text: token for text, token in vocab.items() if text not in added}
@@ -159,12 +161,10 @@ def save_byte_tokenizer(folder: str | Path) -> None:
     a, b, c = (CHAR_OF[byte] for byte in "\u2014".encode())
     vocab = {CHAR_OF[byte]: byte for byte in range(256)} | {a + b: 256, a + b + c: 257}
     document: dict[str, Any] = {
-        "added_tokens": [],
-        "normalizer": None,
+        "added_tokens": [], "normalizer": None, "decoder": {"type": "ByteLevel"},
         "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
-        "decoder": {"type": "ByteLevel"},
         "model": {"type": "BPE", "vocab": vocab, "merges": [[a, b], [a + b, c]]},
-    }
+    }  # fmt: skip
     path = Path(folder) / "tokenizer.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, ensure_ascii=False, indent=1), encoding="utf-8")

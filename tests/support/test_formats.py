@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from model import Mistral, MistralConfig, build, save_mistral
@@ -75,7 +76,7 @@ def test_missing_files(broken, tmp_path):
     (broken / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"model\.safetensors is missing or"):
         load_any(broken)
-    with pytest.raises(ValueError, match=r"neither config\.json nor params\.json"):
+    with pytest.raises(ValueError, match=r"nowhere is not a checkpoint: no config\.json or params"):
         load_any(tmp_path / "nowhere")
     shutil.copytree(FIXTURES / "mistral_tiny_b", tmp_path / "b")
     (tmp_path / "b" / "model-00002-of-00003.safetensors").unlink()
@@ -94,10 +95,62 @@ def test_tensors_of_no_use_or_of_no_floating_point(broken):
         load_any(broken)
 
 
-def test_one_dtype_for_a_file_of_several(broken):
-    half = {"model.norm.weight": torch.ones(32, dtype=torch.bfloat16)}
-    change_weights(broken, lambda weights: weights.update(half))
+@pytest.mark.parametrize("name", ["embed_tokens", "layers.1.self_attn.k_proj", "norm"])
+def test_one_dtype_for_a_file_of_several(broken, name):
+    """The widest of them, whichever parameter is the narrow one."""
+
+    def narrow(weights):
+        weights[f"model.{name}.weight"] = weights[f"model.{name}.weight"].bfloat16()
+
+    change_weights(broken, narrow)
     assert {p.dtype for p in load_any(broken).parameters()} == {torch.float32}
+
+
+def test_eps_counts_in_every_norm(tmp_path):
+    """An eps of 0.5 in a model with norms on q and k: x / sqrt(mean(x ** 2) + 0.5), weighted."""
+    folder, seen = tmp_path / "qwen3", []
+    shutil.copytree(FIXTURES / "qwen3_tiny", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    model = load_any(folder)
+
+    def compare(norm, inputs, output):
+        x = inputs[0]
+        expected = x * (x.square().mean(-1, keepdim=True) + 0.5).rsqrt() * norm.weight
+        assert (output - expected).abs().max() < 1e-5
+        seen.append(norm)
+
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.RMSNorm)]
+    for norm in norms:
+        norm.register_forward_hook(compare)
+    model(torch.arange(6)[None])
+    assert len(seen) == len(norms) == 4 * model.config.num_hidden_layers + 1
+    save_mistral(model, tmp_path / "saved")
+    assert read_config(tmp_path / "saved").rms_norm_eps == 0.5
+
+
+def test_saved_weights_name_their_framework(tmp_path):
+    """Other tools refuse a safetensors file without this."""
+    save_mistral(load_any(FIXTURES / "mistral_tiny_a"), tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_several_consolidated_files(tmp_path):
+    """Mistral's own format in parts: the weights of all of them, each once."""
+    golden = expected(FIXTURES / "mistral_tiny_e")
+    shutil.copytree(FIXTURES / "mistral_tiny_e", tmp_path / "e")
+    [file] = (tmp_path / "e").glob("consolidated*.safetensors")
+    weights = load_file(file)
+    file.unlink()
+    for part in range(3):
+        own = {name: weights[name] for name in sorted(weights)[part::3]}
+        save_file(own, tmp_path / "e" / f"consolidated.0{part}.safetensors")
+    logits = load_any(tmp_path / "e")(golden["input_ids"])
+    assert (logits - golden["logits"]).abs().max() < 2e-5
+    save_file(own, tmp_path / "e" / "consolidated.03.safetensors")
+    with pytest.raises(ValueError, match=r"consolidated.03.safetensors: '.*' is there twice"):
+        load_any(tmp_path / "e")
 
 
 def test_a_tensor_in_two_shards(tmp_path):
@@ -118,7 +171,7 @@ def test_an_index_that_points_elsewhere(tmp_path, map_of):
     for weight_map in ({"model.norm.weight": map_of}, map_of):
         index.write_text(json.dumps({"weight_map": weight_map}))
         with pytest.raises(
-            ValueError, match=r"index\.json: .* is missing or no file of this folder"
+            ValueError, match=r"index\.json: .* is missing or not a file of this folder"
         ):
             load_any(folder)
 
@@ -167,6 +220,11 @@ LLAMA3 = {
         ({"layer_types": ["chunked_attention"] * 2}, "layer_types is 'chunked_attention'"),
         ({"layer_types": []}, "layer_types is []"),
         ({"sliding_window": [8, None]}, "sliding_window is [8, None]"),
+        ({"sliding_window": [8, None, 8]}, "sliding_window is [8, None, 8]"),
+        (
+            {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+            "layer_types is ['full_attention', 'sliding_attention', 'full_attention']",
+        ),
         ({"sliding_window": 0}, "sliding_window is 0"),
         ({"sliding_window": "8"}, "sliding_window is '8'"),
         ({"model_type": "llama", "sliding_window": 8}, "sliding_window is 8"),
@@ -272,7 +330,7 @@ def test_nested_too_deeply(broken):
 def test_broken_config(broken):
     for text in ("{", "[]", '[["model_type", "mistral"]]'):
         (broken / "config.json").write_text(text)
-        with pytest.raises(ValueError, match=r"config\.json is no JSON object"):
+        with pytest.raises(ValueError, match=r"config\.json is not a JSON object"):
             read_config(broken)
 
 
@@ -335,6 +393,14 @@ def test_a_key_of_params_json_that_is_not_known(tmp_path, more):
     (tmp_path / "params.json").write_text(json.dumps(PARAMS | more))
     with pytest.raises(ValueError, match=rf"params\.json: {next(iter(more))} is "):
         read_config(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["x" * 20_000, "a\nb", ""])
+def test_an_odd_key_of_params_json(tmp_path, name):
+    (tmp_path / "params.json").write_text(json.dumps(PARAMS | {name: ["y\n" * 20_000]}))
+    with pytest.raises(ValueError, match="this model does not compute that") as refused:
+        read_config(tmp_path)
+    assert len(str(refused.value)) < 600 and "\n" not in str(refused.value)
 
 
 def test_types_in_params_json(tmp_path):

@@ -1,5 +1,6 @@
 """The built-in corpus, and text of one's own as batches."""
 
+import hashlib
 import json
 import os
 from types import SimpleNamespace
@@ -9,7 +10,8 @@ import pytest
 import torch
 
 from support import corpus
-from support.text import Tokens, read_documents, tokenize, version
+from support.files import read_json, write_json
+from support.text import Tokens, read_documents, read_manifest, read_tokens, tokenize, version
 from support.tokenizer import load_tokenizer, save_byte_tokenizer
 
 CPU = torch.device("cpu")
@@ -101,9 +103,10 @@ def test_a_document_stands_between_bos_and_eos():
     ("name", "text", "message"),
     [
         ("c.jsonl", '{"text": 1}\n', "line 1 has neither"),
-        ("c.jsonl", '{"text": "x"}\n{"text"\n', "line 2 is no JSON"),
-        ("c.jsonl", "[]\n", "line 1 is no JSON object"),
-        ("c.jsonl", '[["text", "x"]]\n', "line 1 is no JSON object"),
+        ("c.jsonl", '{"text": "x"}\n{"text"\n', "line 2 is not a JSON object"),
+        ("c.jsonl", '"text"\n', "line 1 is not a JSON object"),
+        ("c.jsonl", "[]\n", "line 1 begins a JSON array"),
+        ("c.jsonl", '[["text", "x"]]\n', "line 1 begins a JSON array"),
         ("empty.txt", "", "no text in"),
     ],
 )
@@ -140,3 +143,118 @@ def test_text_shorter_than_a_sequence():
     tokens = Tokens(torch.arange(10), torch.ones(10, dtype=torch.bool))
     with pytest.raises(ValueError, match="10 tokens, one sequence needs 11"):
         tokens.batch(0, 1, 11, 0, CPU)
+
+
+# ------------------------------------------------------------------------------ prepared folders
+
+
+@pytest.fixture
+def prepared(tmp_path, tokenizer):
+    """A prepared folder of three documents, as tools/prepare.py writes it; without checksums."""
+    folder, tokens = tmp_path / "100 % prepared", tokenize(["one", "two", "three"], tokenizer)
+    folder.mkdir()
+    tokens.ids.numpy().astype("uint16").tofile(folder / "tokens.bin")
+    tokens.is_target.numpy().tofile(folder / "is_target.bin")
+    manifest = {"tokens": 11, "dtype": "uint16", "tokenizer": tokenizer.identity()}
+    write_json(folder / "manifest.json", manifest | {"sources": [["/a.txt", 11, 10**18]]})
+    return folder
+
+
+def add_checksums(folder):
+    names = ("tokens.bin", "is_target.bin")
+    sums = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+    write_json(folder / "manifest.json", read_json(folder / "manifest.json") | {"sha256": sums})
+
+
+def same(tokens, documents, tokenizer):
+    direct = tokenize(documents, tokenizer)
+    assert tokens.ids.tolist() == direct.ids.tolist()
+    assert tokens.is_target.tolist() == direct.is_target.tolist()
+
+
+def test_prepared_folders_of_all_ages(prepared, tokenizer):
+    """With sources and checksums, without, and in 32 bits."""
+    documents = ["one", "two", "three"]
+    same(read_tokens([prepared], tokenizer), documents, tokenizer)
+    add_checksums(prepared)
+    same(read_tokens([prepared], tokenizer), documents, tokenizer)
+    old = read_json(prepared / "manifest.json")
+    del old["sha256"], old["sources"]
+    np.fromfile(prepared / "tokens.bin", "uint16").astype("uint32").tofile(prepared / "tokens.bin")
+    write_json(prepared / "manifest.json", old | {"dtype": "uint32"})
+    same(read_tokens([prepared], tokenizer), documents, tokenizer)
+
+
+WRONG = [
+    *(("dtype", value) for value in ("O", "uint8", "bool", "float16", "<u2", ["uint16"], None, 16)),
+    *(("tokens", value) for value in (-1, 0, 1e30, 10**30, True, "11", None, [11])),
+    *(("sources", value) for value in ("x", [1], ["x"], [[]], [["x", 1]], [["x", 1, "2"]], {})),
+    *(("sources", value) for value in ([[["x"], 1, 2]], None, [["x" * 20_000, "y\nz", 2]])),
+    *(("sha256", value) for value in ("x", [], {"tokens.bin": 5}, {"is_target.bin": None}, None)),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG)
+def test_wrong_values_in_a_manifest(prepared, tokenizer, name, value):
+    manifest = read_json(prepared / "manifest.json")
+    (prepared / "manifest.json").write_text(json.dumps(manifest | {name: value}))
+    for read in (read_manifest, lambda folder: read_tokens([folder], tokenizer)):
+        with pytest.raises(ValueError, match=rf"prepared is damaged \({name} is ") as refused:
+            read(prepared)
+        assert len(str(refused.value)) < 500 and "\n" not in str(refused.value)
+
+
+def test_files_of_another_size(prepared, tokenizer):
+    """Longer or shorter by a byte, empty, missing, a device, or fewer tokens in the manifest."""
+    for name in ("tokens.bin", "is_target.bin"):
+        file, whole = prepared / name, (prepared / name).read_bytes()
+        for content in (whole + b"\0", whole[:-1], b"", whole * 2):
+            file.write_bytes(content)
+            with pytest.raises(ValueError, match=rf"is damaged \({name} does not have \d+ bytes"):
+                read_tokens([prepared], tokenizer)
+        file.unlink()
+        for make in (lambda file: None, os.mkfifo, lambda file: file.symlink_to("/dev/zero")):
+            make(file)
+            with pytest.raises(ValueError, match=rf"is damaged \({name} does not have \d+ bytes"):
+                read_tokens([prepared], tokenizer)
+            file.unlink(missing_ok=True)
+        file.write_bytes(whole)
+    manifest = read_json(prepared / "manifest.json")
+    write_json(prepared / "manifest.json", manifest | {"tokens": 10})
+    with pytest.raises(ValueError, match=r"tokens.bin does not have 20 bytes"):
+        read_tokens([prepared], tokenizer)
+
+
+def test_contents_that_cannot_be_right(prepared, tokenizer):
+    """Also without checksums: no targets, a first token that is one, no bools, unknown ids."""
+    file = prepared / "is_target.bin"
+    mask = np.fromfile(file, "uint8")
+    for wrong in (mask * 0, mask * 2, np.roll(mask, 1), mask + 1):
+        wrong.tofile(file)
+        with pytest.raises(ValueError, match=r"is damaged \(is_target.bin is not a mask"):
+            read_tokens([prepared], tokenizer)
+    mask.tofile(file)
+    ids = np.fromfile(prepared / "tokens.bin", "uint16")
+    for wrong, fits in ((257, True), (258, False), (65535, False)):
+        ids[-1] = wrong
+        ids.tofile(prepared / "tokens.bin")
+        if fits:
+            assert read_tokens([prepared], tokenizer).ids[-1] == wrong
+        else:
+            with pytest.raises(ValueError, match=rf"\(id {wrong} in a vocabulary of 258\)"):
+                read_tokens([prepared], tokenizer)
+
+
+def test_checksums(prepared, tokenizer):
+    """What has the right size is not taken for the right contents."""
+    add_checksums(prepared)
+    for name, kind in (("tokens.bin", "uint16"), ("is_target.bin", "uint8")):
+        whole = np.fromfile(prepared / name, kind)
+        changed = whole.copy()
+        changed[5] ^= 1
+        for wrong in (np.roll(whole, 1), whole[::-1], changed):
+            wrong.tofile(prepared / name)
+            with pytest.raises(ValueError, match=rf"\({name} does not have the checksum in man"):
+                read_tokens([prepared], tokenizer)
+        whole.tofile(prepared / name)
+    read_tokens([prepared], tokenizer)

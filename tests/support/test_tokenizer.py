@@ -9,6 +9,7 @@ import json
 import math
 import os
 import random
+import re
 import struct
 from collections import Counter
 from functools import cache
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from support.files import short
 from support.tokenizer import Tokenizer, load_tokenizer, save_byte_tokenizer
 from support.tokenizer.tokenizer_json import CHAR_OF
 
@@ -268,7 +270,7 @@ def test_steps_of_a_hundred_change_no_word(tmp_path, digits):
     small = load_tokenizer(tmp_path)
     whole = ["", " x", "\n", "\nx"] + ["1"] * digits
     for after in {"", "x", " x", "\nx", "1", "\n"}:
-        for n in (1, 2, 99, 100, 101, 102, 200, 201, 202, 1000):
+        for n in (1, 2, 99, 100, 101, 200, 201, 1000):
             kept = n if after in whole else max(n - 1, 1)
             assert small.decode(small.encode("\t" * n + after)[:1]) == "\t" * kept, (n, after)
     million = small.encode("\t" * (1 << 20) + "x")
@@ -484,20 +486,18 @@ def test_a_byte_without_a_token_is_dropped(tmp_path):
 
 
 BAD_JSON = {
-    "model type WordPiece": {"model": {"type": "WordPiece"}},
+    "its model is {'type': 'WordPiece'}": {"model": {"type": "WordPiece"}},
     "byte_fallback": {"model": {"byte_fallback": True}},
     "end_of_word_suffix": {"model": {"end_of_word_suffix": "</w>"}},
     "NFKC": {"document": {"normalizer": {"type": "NFKC"}}},
     "begins with 2 tokens": {"document": {"post_processor": TEMPLATE | TWO_TOKENS}},
     "RobertaProcessing": {"document": {"post_processor": {"type": "RobertaProcessing"}}},
     "single_word": {"added": [added(256, "a", single_word=True)]},
-    "has another id": {"added": [added(256, "a")]},
+    "has two ids": {"added": [added(256, "a")]},
     "same id": {"added": [added(256, "x y"), added(0, "y z")]},
     "not 0, 1, 2": {"added": [added(257, "x y")]},
     "empty": {"added": [added(256, "")]},
     "Parsing error": {"pre_tokenizer": sequence(split("("), NO_REGEX)},
-    "matches an empty text": {"pre_tokenizer": sequence(split(""), NO_REGEX)},
-    "'a\\*' matches an empty text": {"pre_tokenizer": sequence(split("a*"), NO_REGEX)},
     "pre_tokenizer is None": {"pre_tokenizer": None},
     "Metaspace": {"pre_tokenizer": {"type": "Metaspace"}},
     "'add_prefix_space': True": {"pre_tokenizer": BYTE_LEVEL | {"add_prefix_space": True}},
@@ -510,6 +510,11 @@ BAD_JSON = {
     "String": {"pre_tokenizer": sequence(split("") | {"pattern": {"String": "a"}}, NO_REGEX)},
     "unexpected contents .*'ab'": {"model": {"merges": ["a b"]}},
     "unexpected contents": {"document": {"model": None}},
+    "its template is '<b>'": {"document": {"post_processor": TEMPLATE | {"single": "<b>"}}},
+    "its template is {}": {"document": {"post_processor": TEMPLATE | {"single": {}}}},
+    r"added token '(x{10,60}\.\.\.x{10,60})' is": {
+        "added": [added(256, "x" * 20_000, single_word=True)]
+    },
 }
 
 
@@ -520,10 +525,78 @@ def test_bad_tokenizer_json(tmp_path, reason):
         load_tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize("contents", [b"{", b"\xff", b"", b"[" * 100_000])
+# Regular expressions with an empty match somewhere, at the end of a text or at its beginning.
+EMPTY = [
+    "",
+    "a*",
+    "a|b*",
+    "(?=q)",
+    r"\b",
+    "(?<=b)",
+    r"x|(?=\p{Lu})",
+    "a*?b?",
+    "$",
+    r"(?<=\w)(?=\s)",
+]
+EMPTY += ["(?=ξ)", r"\s*(?=é)", r"(?<!a)(?=b)", "(?<=中)"]
+
+
+@pytest.mark.parametrize("regex", EMPTY)
+def test_a_regular_expression_with_an_empty_match_is_refused(tmp_path, regex):
+    """tiktoken would drop the next character."""
+    write_json(tmp_path, pre_tokenizer=sequence(split(regex), NO_REGEX))
+    with pytest.raises(ValueError, match=f"{re.escape(short(regex))} matches an empty text"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "regex", [r"a\Kb", r"\Ga", "^a", r"\\\Ga", r"[a\]^]|^", "a|(?:^b)", r"\\^"]
+)
+def test_a_regular_expression_that_depends_on_its_place_is_refused(tmp_path, regex):
+    write_json(tmp_path, pre_tokenizer=sequence(split(regex), NO_REGEX))
+    with pytest.raises(ValueError, match=r"has (\\G|\\K|\^): not supported"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("regex", ["[^a]", r"\^", "[a^]", r"[\]^]", r"\\G", r"\[[^\]]", r"a+$|b"])
+def test_a_regular_expression_that_is_taken_loses_nothing(tmp_path, regex):
+    write_json(tmp_path, pre_tokenizer=sequence(split(regex), NO_REGEX))
+    small = load_tokenizer(tmp_path)
+    for text in ["", "a", "^", r"\G[^]b\K\^aa", *fuzz(5, 50)]:
+        assert small.decode(small.encode(text)) == text
+
+
+@pytest.mark.parametrize("pattern", [None, 5, ["a"], {"Regex": "a"}, True])
+def test_the_pattern_of_tekken_is_a_string(tmp_path, pattern):
+    document = fixture("tekken_cut/tekken.json")
+    document["config"]["pattern"] = pattern
+    (tmp_path / "tekken.json").write_text(json.dumps(document))
+    message = f"regular expression is {re.escape(short(pattern))}; it must be a string"
+    with pytest.raises(ValueError, match=message):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("eos", [[], {}, "</s>", 2**40, -1, True, ["x" * 20_000]])
+def test_an_eos_that_is_not_a_token(tmp_path, eos):
+    write_json(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": eos}))
+    with pytest.raises(ValueError, match=r"eos_token_id is .*; it must be a token") as refused:
+        load_tokenizer(tmp_path)
+    assert len(str(refused.value)) < 500
+
+
+def test_a_bos_that_is_not_a_token(tmp_path):
+    write_json(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<\n" * 9999}))
+    with pytest.raises(ValueError, match=r"bos_token '<.*' is not an added token") as refused:
+        load_tokenizer(tmp_path)
+    assert len(str(refused.value)) < 500 and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("contents", [b"{", b"\xff", b"", b"[" * 100_000, b"[]"])
 def test_broken_json(tmp_path, contents):
     (tmp_path / "tokenizer.json").write_bytes(contents)
-    with pytest.raises(ValueError, match=r"tokenizer\.json is not JSON"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json (is not a JSON object|as UTF-8 text)"):
         load_tokenizer(tmp_path)
 
 
@@ -580,6 +653,57 @@ def test_the_space_of_metaspace(tmp_path, scheme):
     assert small.decode(small.encode("Q </s> Q", special=True)) == "Q  Q"
 
 
+def metaspace(folder, normalizer=None, **step):
+    """A small tokenizer with this normalizer, or with these settings of Metaspace."""
+    step = {"type": "Metaspace", "replacement": "\u2581", **step}
+    changes = {"normalizer": normalizer, "pre_tokenizer": None if normalizer else step}
+    (folder / "tokenizer.json").write_text(json.dumps(small_metaspace() | changes))
+    return load_tokenizer(folder)
+
+
+REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+
+
+@pytest.mark.parametrize(
+    "settings", [{"normalizer": REPLACE}, {"add_prefix_space": False}, {"prepend_scheme": "never"}]
+)
+def test_no_space_is_put_before_a_text(tmp_path, settings):
+    """Nor is one removed again."""
+    small = metaspace(tmp_path, **settings)
+    assert small.encode("Q") != small.encode(" Q")
+    assert small.spell(small.encode("Q")) == "Q"
+    for text in ("Q", " Q", "  Q", " ", "Q Q "):
+        assert small.decode(small.encode(text)) == text
+
+
+def test_a_space_is_put_before_every_part(tmp_path):
+    """With Prepend and Replace: before a space too."""
+    prepend = {"type": "Prepend", "prepend": "\u2581"}
+    small = metaspace(tmp_path, normalizer={"type": "Sequence", "normalizers": [prepend, REPLACE]})
+    assert small.encode("Q") == small.encode("x</s>Q", special=True)[-2:]
+    assert small.decode(small.encode(" Q")) == " Q"
+    assert len(small.encode(" Q")) > len(small.encode("Q"))
+
+
+@pytest.mark.parametrize(("split", "tokens"), [(True, 3), (False, 1)])
+def test_metaspace_splits_at_every_space_or_at_none(tmp_path, split, tokens):
+    """Tokens of several spaces are found only without the split."""
+    metaspace(tmp_path, split=split, prepend_scheme="never")
+    path, space = tmp_path / "tokenizer.json", "\u2581"
+    document = json.loads(path.read_text())
+    document["model"]["vocab"] |= {space * 2: 400, space * 3: 401}
+    document["model"]["merges"] += [[space, space], [space * 2, space]]
+    path.write_text(json.dumps(document))
+    small = load_tokenizer(path)
+    assert len(small.encode(" " * 3)) == tokens
+    assert small.decode(small.encode("Q   Q")) == "Q   Q"
+
+
+def test_a_prepend_scheme_that_is_not_known(tmp_path):
+    with pytest.raises(ValueError, match="prepend_scheme is 'last'; it is first, always or never"):
+        metaspace(tmp_path, prepend_scheme="last")
+
+
 @pytest.mark.parametrize("kind", ["model", "tekken", "byte-level", "metaspace"])
 def test_damaged_files(tmp_path, kind):
     """A damaged file raises a ValueError that names it, or it is still a working tokenizer."""
@@ -600,7 +724,7 @@ def test_damaged_files(tmp_path, kind):
         write_json(tmp_path, [("a", "b")], sequence(split("a|b+"), NO_REGEX), [added(257, "<t>")])
     whole, refused = path.read_bytes(), 0
     assert load_tokenizer(path).encode("ab")
-    for _ in range(100):
+    for _ in range(60):
         if kind == "model" or rng.random() < 0.3:
             path.write_bytes(damage(whole, rng))
         else:
@@ -614,7 +738,7 @@ def test_damaged_files(tmp_path, kind):
             ids = tokenizer.encode("ab é\n<t>", bos=tokenizer.adds_bos, special=True)
             assert isinstance(tokenizer.decode(ids), str)
             assert not ids or 0 <= min(ids) <= max(ids) < tokenizer.vocab_size
-    assert 30 < refused < 100
+    assert 15 < refused < 60
 
 
 def test_files_of_a_folder(tmp_path):
