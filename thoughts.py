@@ -85,6 +85,9 @@ class ThoughtConfig:
         check_at_least(self, n_thoughts=1, thought_length=0, n_true=1, policy_weight=0)
         check_at_least(self, embedding_scale=1e-9, reinforce_temperature=1e-9, base_weight=0)
         check_at_least(self, start_id=0, end_id=0, init_id=0)
+        for name in ("n_thoughts", "thought_length", "n_true"):
+            if getattr(self, name) > 10_000:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at most 10000")
         if self.start_id is not None and self.start_id == self.end_id:
             raise ValueError(f"start_id and end_id are both {self.start_id}")
         if self.base_weight > 1:

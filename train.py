@@ -340,12 +340,7 @@ def make_settings(given: dict) -> tuple[Settings, ThoughtConfig]:
     thinks = checkpoint and read_thought_config(checkpoint)
     defaults = asdict(thinks) if thinks else BUILT_IN_THOUGHTS if built_in else {}
     thoughts = ThoughtConfig(**defaults | thought_options)
-    ahead = settings.context - thoughts.n_true
-    if ahead < max(settings.positions or 1, 1):
-        raise ValueError(
-            f"positions is {settings.positions or 'all'}; of {settings.context} tokens (context) "
-            f"{max(ahead, 0)} have {thoughts.n_true} (n_true) ahead"
-        )
+    runs.check_ahead(settings, thoughts)
     if checkpoint is None and settings.base_steps < 1:
         raise ValueError("base_steps is 0; without --checkpoint a base model has to be trained")
     heard = {"base_steps": checkpoint is None, "work": built_in}

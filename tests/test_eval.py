@@ -196,7 +196,7 @@ def test_text_report(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model", "nowhere"], "nowhere is no checkpoint"),
+        (["--model", "nowhere"], "nowhere is not a checkpoint"),
         (["--text", "nowhere.txt"], "cannot read nowhere.txt"),
         (["--context", "8"], "--context means nothing without --text"),
         (["--text", "x", "--max-tokens", "0"], "max_tokens is 0; it must be at least 2"),

@@ -205,7 +205,7 @@ def test_options_of_sampling_are_heard(folders, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--model", "nowhere"], "nowhere is no checkpoint"),
+        (["--model", "nowhere"], "nowhere is not a checkpoint"),
         (["--prompt", ""], "at least one token"),
         (["--top-p", "2"], "top_p is 2.0"),
         (["--show-thoughts"], "no thoughts to show"),

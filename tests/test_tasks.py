@@ -82,8 +82,8 @@ def test_gsm8k_questions(tmp_path):
 @pytest.mark.parametrize(
     ("task", "line", "message"),
     [
-        ("gsm8k", "[1]", "line 2 is no JSON object"),
-        ("gsm8k", '{"question"', "line 2 is no JSON object"),
+        ("gsm8k", "[1]", "line 2 is not a JSON object"),
+        ("gsm8k", '{"question"', "line 2 is not a JSON object"),
         ("gsm8k", json.dumps({"question": "1 + 1?"}), "line 2 is no question.*'answer'"),
         ("gsm8k", json.dumps(SUM | {"answer": "2"}), "line 2 .* not #### and a number"),
         ("gsm8k", json.dumps(SUM | {"answer": "2 #### two"}), "line 2 .* not #### and a number"),
@@ -387,7 +387,7 @@ def test_results_of_weights_written_since_are_not_continued(folder, five, tmp_pa
     os.utime(folder / "quiet_star.safetensors", (later, later))
     with pytest.raises(SystemExit):
         run(folder, five, tmp_path / "out.jsonl")
-    assert "has other results than of" in capsys.readouterr().err
+    assert "; give another --out" in capsys.readouterr().err
 
 
 def test_a_plain_model_answers_without_thoughts(tmp_path, capsys):
@@ -410,7 +410,7 @@ def test_a_file_of_something_else_is_refused(folder, five, tmp_path, capsys, con
     else:
         out.write_text(content)
     capsys.readouterr()
-    assert "has other results than of" in refused(capsys, folder, five, out, "--limit", "4")
+    assert "; give another --out" in refused(capsys, folder, five, out, "--limit", "4")
     assert out.read_text() == content
 
 
@@ -426,7 +426,7 @@ def test_malformed_lines_are_refused(folder, five, tmp_path, capsys):
         (["--limit", "-1"], "limit is -1; it must be at least 1"),
         (["--text", "x"], "--task needs --data, the file of its questions, and no --text"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
-        (["--data", "/dev/null"], "/dev/null is without questions"),
+        (["--data", "/dev/null"], "cannot read /dev/null"),
     ],
 )
 def test_bad_options(folder, five, tmp_path, capsys, options, message):

@@ -392,7 +392,7 @@ def test_looks_at_held_out_text_leave_the_training_as_it_is(
         ("--context 999", "tokens, one sequence needs 999"),
         ("--eval-data text.txt --eval-sequences 0", "eval_sequences is 0"),
         ("--data folder", "python -m tools.prepare reads folders"),
-        ("--data a.zst", "a.zst is no plain text"),
+        ("--data a.zst", "a.zst, which is not plain text"),
     ],
 )
 def test_text_that_cannot_be_used(tmp_path, monkeypatch, checkpoint, capsys, options, message):
@@ -542,7 +542,7 @@ def test_options_of_the_built_in_corpus_are_for_it_alone(tmp_path, capsys, check
     """A foreign checkpoint needs text of its own, and no share of asides."""
     for options, message in (
         (checkpoint + " --work 0.5", "work is of the built-in corpus, which is not used here"),
-        ("--checkpoint nowhere --data text", "nowhere is no checkpoint"),
+        ("--checkpoint nowhere --data text", "nowhere is not a checkpoint"),
         (checkpoint.split(" --data")[0], "is no model of the built-in corpus: give it --data"),
     ):
         save_mistral(tiny_mistral(), tmp_path / "pretrained")  # 23 tokens

@@ -41,9 +41,9 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 import torch
 
-from support.files import json_object, read_json, write_json
+from support.files import json_object, write_json
 from support.terminal import execute, make_parser, show_status
-from support.text import MANIFEST, text_of, tokenize, version
+from support.text import MANIFEST, read_manifest, text_of, tokenize, version
 from support.tokenizer import load_tokenizer
 
 CHUNK = 2**16  # characters of a long document that are read at once
@@ -323,7 +323,7 @@ def run(options: argparse.Namespace) -> None:
         if folder.exists() and not {x.name for x in folder.iterdir()} <= {*ARRAYS, MANIFEST}:
             raise ValueError(f"{folder} holds other files than prepared text; give another --out")
     if (out / MANIFEST).exists() and not options.rebuild:
-        found = read_json(out / MANIFEST)
+        found = read_manifest(out)
         if changed := difference(found, wanted) or difference(found, {"sha256": checksums(out)}):
             raise ValueError(f"{out} holds other text: {changed}; --rebuild replaces it")
         print(f"{out} is up to date")

@@ -55,7 +55,7 @@ def test_the_shape_of_a_checkpoint_and_of_the_built_in_corpus(tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--checkpoint", "nowhere"], "nowhere is no checkpoint"),
+        (["--checkpoint", "nowhere"], "nowhere is not a checkpoint"),
         (["--preset", "mistral-7b", "--context", "3"], "0 have 4 (n_true) ahead"),
     ],
 )
