@@ -217,8 +217,8 @@ def log(folder: Path, step: int, steps: int, metrics: dict[str, float], left: fl
     with (folder.parent / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"stage": folder.name, "step": step, **metrics}) + "\n")
     nlls = "nll {init_nll:.3f} -> {talk_nll:.3f}  reward {reward:.4f}"
-    thoughts = nlls.format(**metrics) if "init_nll" in metrics else ""
-    line = f"{folder.name} {step}/{steps}  loss {metrics['loss']:.4f}  {thoughts}  "
+    losses = f"{nlls}  loss {{loss:.4f}}" if "init_nll" in metrics else "loss {loss:.4f}"
+    line = f"{folder.name} {step}/{steps}  {losses.format(**metrics)}  "
     line += f"{metrics['tokens_per_second']:.0f} tokens/s  {left:.0f} s left"
     show_status(line, step, steps, sys.stdout)
 

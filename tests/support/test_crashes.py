@@ -316,7 +316,7 @@ def test_the_line_of_a_step(tmp_path, monkeypatch, capsys):
     more = {"init_nll": 2.0, "talk_nll": 1.0, "reward": 0.25}
     runs.log(tmp_path / "quiet_star", 10, 100, metrics | more, 9.0)
     line = (
-        "quiet_star 10/100  loss 1.5000  nll 2.000 -> 1.000  reward 0.2500  70 tokens/s  9 s left"
+        "quiet_star 10/100  nll 2.000 -> 1.000  reward 0.2500  loss 1.5000  70 tokens/s  9 s left"
     )
     assert capsys.readouterr().out == line + "\n"
     runs.log(tmp_path / "base", 11, 100, metrics, 9.0)
