@@ -9,6 +9,7 @@ from torch import Tensor
 
 import thoughts
 
+ROWS = 512  # whose logits are computed at once
 
 class _TokenLogp(torch.autograd.Function):
     @staticmethod
@@ -20,12 +21,17 @@ class _TokenLogp(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_logp):
         h, head, ids = ctx.saved_tensors
-        used, d_h = d_logp != 0, torch.zeros_like(h)
-        with torch.enable_grad():
-            rows, head = h[used].detach().requires_grad_(), head.detach().requires_grad_()
-            logits = thoughts.token_logits(rows, head, ctx.excluded)  # [rows, V]
-            logp = thoughts.token_logp(logits, ids[used], ctx.temperature)
-        d_h[used], d_head = torch.autograd.grad(logp, (rows, head), d_logp[used])
+        used, d_h, d_head = d_logp != 0, torch.zeros_like(h), torch.zeros_like(head)
+        parts, chosen = [], (x[used].split(ROWS) for x in (h, ids, d_logp))
+        for rows, targets, d_rows in zip(*chosen, strict=True):
+            with torch.enable_grad():
+                rows, weight = rows.detach().requires_grad_(), head.detach().requires_grad_()
+                logits = thoughts.token_logits(rows, weight, ctx.excluded)  # [ROWS, V]
+                logp = thoughts.token_logp(logits, targets, ctx.temperature)
+            d_part, d_weight = torch.autograd.grad(logp, (rows, weight), d_rows)
+            parts.append(d_part)
+            d_head += d_weight
+        d_h[used] = torch.cat(parts)
         return d_h, d_head, None, None, None, None
 
 

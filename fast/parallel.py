@@ -8,7 +8,7 @@ losses, metrics and checkpoints are those of one process:
     batch       each takes its share of the sequences of every micro-batch; the losses divide by the
                 counts of the whole batch, so gradients and metrics add up
     thoughts    every process draws the random numbers of all sequences and uses those of its own
-    weights     gathered once a step and kept until its gradient is there: a layer runs K + A + 2
+    weights     gathered once a step and kept until its gradient is there: a layer runs K + 2
                 times in every pass, and gathering them each time would move the model as often
     files       the first process reads and writes what one process would, and only it prints
 """
