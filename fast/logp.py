@@ -11,6 +11,7 @@ import thoughts
 
 ROWS = 512  # whose logits are computed at once
 
+
 class _TokenLogp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, head, logits, ids, excluded, temperature):
