@@ -120,8 +120,8 @@ def sampled_thoughts(model: QuietStar, ids: Tensor) -> Tensor:
 
 def predict_answers(model: QuietStar, puzzles: Puzzles, thought_ids: Tensor | None) -> Prediction:
     """The token after the puzzles, with thoughts thought_ids [n, K]; None: with greedy ones."""
-    cache = read_ids(model, puzzles.ids[:, :-1])
-    return model.think_last(puzzles.ids[:, -1], cache, thought_ids)
+    before, last = puzzles.ids[:, :-1], puzzles.ids[:, -1]
+    return model.think_last(last, read_ids(model, before), thought_ids)
 
 
 @torch.no_grad()
@@ -374,9 +374,8 @@ def answer_logits(model: Model, ids: list[int], start: int) -> Tensor:
 def answer_probability(logits: Tensor, targets: list[int]) -> float:
     """The product over an answer's tokens of p(token), renormalised over the admissible ones.
 
-    logits [tokens, admissible], targets [tokens] index admissible tokens. Authors' code:
-    compute_metrics. Ours: a negative number is scored by its digits; their code reads it as a
-    letter.
+    logits [tokens, admissible]; targets [tokens] are indices of admissible tokens. Authors' code:
+    compute_metrics. Ours: a negative number is scored by its digits; theirs takes it for a letter.
     """
     p = torch.softmax(logits.double(), dim=-1)
     return p[range(len(targets)), targets].prod().item()

@@ -179,9 +179,17 @@ def describe_thought(
 
 
 def read_prompt(file: str) -> str:
-    """The text of a file ("-": standard input) without the line break at its end."""
-    text = sys.stdin.read() if file == "-" else read_utf8(Path(file))
-    return text.removesuffix("\n")
+    """The text of a file ("-": standard input) without the line break at its end.
+
+    Raises ValueError if it cannot be read as UTF-8.
+    """
+    if file != "-":
+        return read_utf8(Path(file)).removesuffix("\n")
+    sys.stdin.reconfigure(encoding="utf-8", errors="strict")
+    try:
+        return sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"cannot read standard input as UTF-8 text: {error}") from None
 
 
 def run(options: argparse.Namespace) -> None:
@@ -203,12 +211,12 @@ def run(options: argparse.Namespace) -> None:
             print(f"sample {row + 1}  {shown}  {text}", flush=True)
 
     how = {"temperature": 0.0 if options.greedy else options.temperature}
-    how |= {name: getattr(options, name) for name in ("samples", "special", "top_p", "think_above")}
+    names = "max_new_tokens", "samples", "special", "top_p", "think_above"
+    how |= {name: getattr(options, name) for name in names}
     began = time.perf_counter()
     for prompt in prompts:
         seeded = torch.Generator().manual_seed(options.seed)  # so other prompts change nothing
-        new = options.max_new_tokens
-        texts = write(model, tokenizer, prompt, new, watch=watch, generator=seeded, **how)
+        texts = write(model, tokenizer, prompt, watch=watch, generator=seeded, **how)
         print(*(prompt + text for text in texts), sep="\n", flush=True)
     seconds = time.perf_counter() - began
     print(f"{len(written)} tokens, {len(written) / seconds:.1f} tokens/s", file=sys.stderr)

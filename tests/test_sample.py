@@ -233,10 +233,13 @@ def test_a_prompt_from_a_file_or_standard_input(folders, tmp_path, capsys, monke
     expected = capsys.readouterr().out
     (tmp_path / "prompt.txt").write_text("\n12=0\n2—=\n", encoding="utf-8")
     for file in (str(tmp_path / "prompt.txt"), "-"):
-        monkeypatch.setattr("sys.stdin", io.StringIO("\n12=0\n2—=\n"))
+        typed = io.BytesIO("\n12=0\n2—=\n".encode())
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(typed, "ascii", "surrogateescape"))
         sample.main([*options, "--prompt-file", file])
         assert capsys.readouterr().out == expected
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff")))
     for wrong, message in (
+        (["--prompt-file", "-"], "cannot read standard input as UTF-8 text"),
         (["--prompt-file", "nowhere.txt"], "cannot read nowhere.txt"),
         (["--prompt-file", "-", "--prompt", "x"], "not allowed with argument --prompt-file"),
         ([], "one of the arguments --prompt --prompt-file is required"),
