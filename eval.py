@@ -1,14 +1,14 @@
-"""What are the thoughts worth?
+"""Measure a model without and with thoughts: on puzzles, on a text, on questions.
 
-    python eval.py --model runs/1/quiet_star                      the puzzles of the built-in corpus
+    python eval.py --model runs/1/quiet_star                      puzzles of the built-in corpus
     python eval.py --model FOLDER --text FILE                     perplexity, by difficulty
-    python eval.py --model FOLDER --task gsm8k --data test.jsonl  the paper's questions
+    python eval.py --model FOLDER --task gsm8k --data test.jsonl  questions of the paper
     python eval.py --model FOLDER --task csqa --data dev.jsonl
 
-Puzzles are those held out of training, in lines that do not explain themselves. A text is read in
-sequences of --context tokens, each on its own; every token but a sequence's first is predicted with
-and without a greedy thought before it. Questions are answered zero-shot and at once, after the
-authors' prompts (eval_helpers.py; python -m tools.chains lets chains of thought vote):
+Puzzles are held out of training. A text is read in independent sequences of --context tokens; every
+token except the first of a sequence is predicted without a thought and with a greedy one. Questions
+are answered zero-shot, right after "A:", with the authors' prompts (eval_helpers.py; for a vote of
+written chains of thought see python -m tools.chains):
 
     Q: {question}\\nA: {number}\\n
     Q: {question}\\n(A) {choice}\\n ... (E) {choice}\\nA: {letter}\\n
@@ -16,11 +16,9 @@ authors' prompts (eval_helpers.py; python -m tools.chains lets chains of thought
 
 import argparse
 import copy
-import io
 import math
 import re
 import sys
-from contextlib import redirect_stderr
 from dataclasses import replace
 from decimal import Decimal
 from functools import partial
@@ -32,15 +30,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model import KVCache, Mistral, check_at_least
-from sample import entropy, generate, write
+from model import Mistral, check_at_least
+from sample import Model, check_finite, entropy, generate, predict, read_ids, write
 from support import corpus
 from support.checkpoints import load
 from support.device import DTYPES, pick_device
 from support.files import read_json_lines
 from support.results import about, answer_all, results_file
 from support.terminal import execute, make_parser, show_status
-from support.text import Tokens, read_documents, tokenize
+from support.text import Tokens, read_tokens
 from support.tokenizer import Tokenizer
 from thoughts import Prediction, QuietStar
 
@@ -48,24 +46,28 @@ from thoughts import Prediction, QuietStar
 
 
 class Puzzles(NamedTuple):
-    """Held-out puzzles as prompts: three silent lines of training puzzles, then one up to "="."""
+    """Held-out puzzles as prompts: three training puzzles with answers, then one up to "=".
+
+    An aside is the text between two em dashes, before the answer. It works if it solves the puzzle
+    step by step; it hums if it consists of the letter m only, and so holds no work.
+    """
 
     ids: Tensor  # [n, T] int64
     answers: Tensor  # [n] int64, an index into candidates
     work: Tensor  # [n, ASIDE] int64, the aside that works
-    candidates: Tensor  # [HOURS] int64, the tokens that an answer can be
+    candidates: Tensor  # [HOURS] int64, the tokens of the possible answers
     hum: int  # the token of an aside that hums
 
 
 class Score(NamedTuple):
-    """Of the answers: how many were right, how likely was the right one."""
+    """The score of answers to puzzles."""
 
-    right: float  # share whose argmax among the candidates is the answer
+    right: float  # share with the answer as the most likely candidate
     logp: float  # mean log p of the answer, over the whole vocabulary, in nats
 
 
 def held_out_puzzles(tokenizer: Tokenizer, device: torch.device, repeats: int = 3) -> Puzzles:
-    """Every held-out puzzle, `repeats` times after different lines."""
+    """Every held-out puzzle, `repeats` times after different training puzzles."""
     rng = np.random.default_rng(0)
     known = corpus.all_puzzles(held_out=False)
     rows, answers, work = [], [], []
@@ -81,65 +83,61 @@ def held_out_puzzles(tokenizer: Tokenizer, device: torch.device, repeats: int = 
 
 
 def score(logits: Tensor, puzzles: Puzzles) -> Score:
-    """Score of the next token's logits [n, V] after the puzzles."""
-    among = logits[:, puzzles.candidates]  # [n, HOURS]
-    logp = torch.log_softmax(logits.float(), dim=-1)
+    """Score of the logits [n, V] after the puzzles. Raises ValueError if they are not finite."""
+    logp = torch.log_softmax(check_finite(logits).float(), dim=-1)
+    right = logits[:, puzzles.candidates].argmax(-1) == puzzles.answers  # [n]
     answer = puzzles.candidates[puzzles.answers]
-    right = (among.argmax(-1) == puzzles.answers).float().mean().item()
-    return Score(right, logp.gather(1, answer[:, None]).mean().item())
+    return Score(right.float().mean().item(), logp.gather(1, answer[:, None]).mean().item())
 
 
-def aloud(
+def write_aside(
     model: Mistral, puzzles: Puzzles, tokenizer: Tokenizer, begun: bool
 ) -> tuple[Tensor, Tensor]:
-    """Let a model write an aside, greedily, as text: its tokens [n, ASIDE], the answer's logits.
+    """Write an aside as text, greedily: its tokens [n, ASIDE], and the logits [n, V] after it.
 
-    begun: the first letter of an aside that works is given, so that the model cannot hum.
+    begun: its first letter is given, as in the aside that works, so the model cannot hum.
     """
     dashes = torch.full_like(puzzles.ids[:, :1], tokenizer.token_id("—"))
     opened = torch.cat([puzzles.ids, dashes, puzzles.work[:, : int(begun)]], dim=1)
     length = puzzles.work.shape[1]
-    said = generate(model, opened, length - begun, temperature=0)
-    return said[:, -length:], model(torch.cat([said, dashes], dim=1))[:, -1]
+    written = generate(model, opened, length - begun, temperature=0)
+    return written[:, -length:], model(torch.cat([written, dashes], dim=1))[:, -1]
 
 
 def thinking_once(model: QuietStar) -> QuietStar:
-    """The same model with one thought a position, scored on one token: what evaluation needs."""
-    once = copy.copy(model)  # shares all weights
+    """The same model, weights shared, with one thought per position and one target (A = 1)."""
+    once = copy.copy(model)
     once.config = replace(model.config, n_thoughts=1, n_true=1)
     return once
 
 
 def sampled_thoughts(model: QuietStar, ids: Tensor) -> Tensor:
     """A thought [n, K] after each text ids [n, T], sampled at temperature 1 as in training."""
-    longer = torch.cat([ids, ids[:, :1]], dim=1)  # a position needs some target to think for
+    longer = torch.cat([ids, ids[:, :1]], dim=1)  # a position needs a target, whichever
     last, generator = torch.tensor([ids.shape[1] - 1]), torch.Generator().manual_seed(0)
     return thinking_once(model)(longer, positions=last, generator=generator).thought_ids[:, 0, 0]
 
 
 def predict_answers(model: QuietStar, puzzles: Puzzles, thought_ids: Tensor | None) -> Prediction:
-    """What follows the puzzles after thoughts thought_ids [n, K]; None: after greedy ones."""
-    cache = KVCache(model.model.config)
-    model.model.run(model.model.embed_tokens(puzzles.ids[:, :-1]), cache)
-    return model.think_last(puzzles.ids[:, -1], cache, thought_ids)
+    """The token after the puzzles, with thoughts thought_ids [n, K]; None: with greedy ones."""
+    before, last = puzzles.ids[:, :-1], puzzles.ids[:, -1]
+    return model.think_last(last, read_ids(model, before), thought_ids)
 
 
 @torch.no_grad()
 def puzzle_table(
-    model: Mistral | QuietStar, tokenizer: Tokenizer, puzzles: Puzzles | None = None
+    model: Model, tokenizer: Tokenizer, puzzles: Puzzles | None = None
 ) -> dict[str, Score]:
-    """The scores of a model on puzzles, by what it does between "=" and the answer.
+    """Scores on puzzles (None: on the built-in ones), by what the model does before the answer.
 
-    Pause tokens are the start token K times; shuffled thoughts the greedy ones of other puzzles.
-    Without puzzles these are the built-in corpus'.
+    Pause tokens are K start tokens; shuffled thoughts are the greedy ones of other puzzles.
     """
     text_model = model.model if isinstance(model, QuietStar) else model
     puzzles = puzzles or held_out_puzzles(tokenizer, text_model.embed_tokens.weight.device)
     table = {"answers at once": score(text_model(puzzles.ids)[:, -1], puzzles)}
     if isinstance(model, QuietStar):
         greedy = predict_answers(model, puzzles, None)
-        n, K = greedy.thought_ids.shape
-        generator = torch.Generator().manual_seed(0)
+        (n, K), generator = greedy.thought_ids.shape, torch.Generator().manual_seed(0)
         V, others = text_model.config.vocab_size, torch.randperm(n, generator=generator)
         thoughts = {
             "pause tokens": puzzles.ids.new_full((n, K), model.start_id),
@@ -151,35 +149,32 @@ def puzzle_table(
             table[name] = score(predict_answers(model, puzzles, thought).logits, puzzles)
         table["greedy thoughts"] = score(greedy.logits, puzzles)
     for name, begun in (("writes an aside", False), ("writes one, begun right", True)):
-        table[name] = score(aloud(text_model, puzzles, tokenizer, begun)[1], puzzles)
+        table[name] = score(write_aside(text_model, puzzles, tokenizer, begun)[1], puzzles)
     return table
 
 
 @torch.no_grad()
 def asides(model: Mistral, puzzles: Puzzles, tokenizer: Tokenizer) -> tuple[float, float]:
-    """Of a model's asides the share that hums, and of those begun right the share that ends so."""
-    hums = (aloud(model, puzzles, tokenizer, begun=False)[0] == puzzles.hum).all(1)
-    right = score(aloud(model, puzzles, tokenizer, begun=True)[1], puzzles).right
+    """The share of asides that hum, and the share of right answers after asides begun right."""
+    hums = (write_aside(model, puzzles, tokenizer, begun=False)[0] == puzzles.hum).all(1)
+    right = score(write_aside(model, puzzles, tokenizer, begun=True)[1], puzzles).right
     return hums.float().mean().item(), right
 
 
 @torch.no_grad()
 def look_at_puzzles(
-    model: Mistral | QuietStar, tokenizer: Tokenizer, puzzles: Puzzles | None = None
+    model: Model, tokenizer: Tokenizer, puzzles: Puzzles | None = None
 ) -> tuple[str, bool, dict]:
-    """Something to watch while a model trains on the puzzles, whether it is trained enough, and {}.
+    """look for train.train: a status line, whether training can end, and no metrics.
 
-    A plain model is once it can work but does not: it hums in nearly all its asides, and one begun
-    right ends in the right answer. Of a thinking one, answers after greedy thoughts, and a thought.
+    Training of a plain model can end if it is able to work but does not: nearly all of its asides
+    hum, and all that are begun right lead to the right answer.
     """
-    device = next(model.parameters()).device
-    puzzles = puzzles or held_out_puzzles(tokenizer, device, repeats=1)
+    puzzles = puzzles or held_out_puzzles(tokenizer, next(model.parameters()).device, repeats=1)
     if isinstance(model, Mistral):
-        hums, right = asides(model, puzzles, tokenizer)
-        line = (
-            f"hums in {100 * hums:3.0f} % of its asides; begun right, {100 * right:3.0f} % end so"
-        )
-        return line, hums >= 0.99 and right == 1, {}
+        hums, right = (100 * share for share in asides(model, puzzles, tokenizer))
+        line = f"{hums:3.0f} % of asides hum; begun right, {right:3.0f} % lead to the answer"
+        return line, hums >= 99 and right == 100, {}
     prediction = predict_answers(model, puzzles, None)
     asked = tokenizer.decode(puzzles.ids[-1].tolist()).split("\n")[-1]
     thought = tokenizer.spell(prediction.thought_ids[-1].tolist())
@@ -188,10 +183,10 @@ def look_at_puzzles(
 
 
 def show_puzzles(tables: dict[str, dict[str, Score]]) -> str:
-    """Tables of several models as lines of text that explain themselves."""
+    """The tables of several models as text: {name of the model: puzzle_table}."""
     lines = [
-        "Answers to puzzles never trained on, each after what its line says; guessing gives 33 %.",
-        "Thoughts: pause has no content, random is of random tokens, shuffled of another puzzle.",
+        "Answers to held-out puzzles, by what comes before the answer. Guessing gives 33 %.",
+        "Pause: no content. Random: random tokens. Shuffled: thoughts about other puzzles.",
         f"{'':38}  right   log p(answer)",
     ]
     for model, table in tables.items():
@@ -205,40 +200,39 @@ def show_puzzles(tables: dict[str, dict[str, Score]]) -> str:
 
 @torch.no_grad()
 def text_nll(
-    model: QuietStar, ids: Tensor, is_target: Tensor, context: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """nll of every target of a text without and with a greedy thought, and the entropy without.
+    model: QuietStar, ids: Tensor, is_target: Tensor, context: int, show: bool = False
+) -> Tensor:
+    """The nll of every target without and with a greedy thought, and the entropy without.
 
-    ids [tokens], is_target [tokens] bool -> three tensors [targets] in nats, in text order.
+    ids [tokens] int64, is_target [tokens] bool -> [3, targets] float32 on the CPU, in nats.
+    show: print a status line. Raises ValueError if there is no target, or a loss is not finite.
     """
-    once, base, talk, unsure = thinking_once(model), [], [], []
+    once, parts = thinking_once(model), [torch.empty(3, 0)]
     starts = range(0, len(ids) - 1, context)  # a last sequence of one token has no target
     for count, start in enumerate(starts, 1):
         part = slice(start, start + context)
         output = once(ids[None, part], target_mask=is_target[None, part], temperature=0)
-        valid = output.valid[0, 0]  # [J]
-        logits = model.model(ids[None, part])[0, :-1].float()  # [J, V]
-        unsure.append(entropy(logits)[valid].cpu())
-        base.append(output.base_nll[0][valid].cpu())
-        talk.append(output.talk_nll[0, 0, 0][valid].cpu())
-        line = f"{min(start + context, len(ids))} of {len(ids)} tokens"
-        show_status(line, count, len(starts), sys.stderr)
-    if not sum(map(len, base)):
+        unsure = entropy(model.model(ids[None, part])[0, :-1].float())  # [J]
+        values = torch.stack([output.base_nll[0], output.talk_nll[0, 0, 0], unsure])  # [3, J]
+        parts.append(check_finite(values)[:, output.valid[0, 0]].float().cpu())
+        if show:
+            line = f"{min(start + context, len(ids))} of {len(ids)} tokens"
+            show_status(line, count, len(starts), sys.stderr)
+    if not any(part.numel() for part in parts):
         raise ValueError(f"a text of {len(ids)} tokens has nothing to predict in it")
-    return torch.cat(base), torch.cat(talk), torch.cat(unsure)
+    return torch.cat(parts, dim=1)
 
 
 def text_look(held_out: Tokens, sequences: int, context: int, device: torch.device):
     """look(model) for train.train: metrics of held-out text, on the same sequences every time.
 
-    It draws no random numbers, so the training is the same as without it.
+    It draws no random numbers, so it does not change the training.
     """
     count = max(1, min(sequences, len(held_out.ids) // context))
-    ids, is_target = held_out.batch(0, count, context, 0, device)  # [count, T], from all of it
+    ids, is_target = held_out.batch(0, count, context, 0, device)  # [count, T] from all of it
 
     def look(model: QuietStar) -> tuple[str, bool, dict]:
-        with redirect_stderr(io.StringIO()):  # the status line is the training's
-            *nlls, _ = text_nll(model, ids.flatten(), is_target.flatten(), context)
+        *nlls, _ = text_nll(model, ids.flatten(), is_target.flatten(), context)
         init_nll, talk_nll = (nll.mean().item() for nll in nlls)
         line = f"held-out text: nll {init_nll:.4f} without thoughts, {talk_nll:.4f} with"
         return line, False, {"eval_init_nll": init_nll, "eval_talk_nll": talk_nll}
@@ -247,16 +241,15 @@ def text_look(held_out: Tokens, sequences: int, context: int, device: torch.devi
 
 
 def show_text(base: Tensor, talk: Tensor, by: Tensor | None = None, bins: int = 5) -> str:
-    """Perplexities, and the gain by difficulty: targets in equal bins by their loss.
+    """Perplexities and gain by difficulty, from the nll [targets] without (base) and with thoughts.
 
-    base, talk, by: nll [targets] in nats, without, with, and the loss that says how hard a target
-    is (none: base). Two models are compared by a third one's: bins of one's own loss would show its
-    luck as the other's gain.
+    Targets are in equal bins by the loss `by` [targets]; None: by base. To compare two models, take
+    the loss of a third: bins by the loss of one would show its luck as a gain of the other.
     """
     difficulty = base if by is None else by
+    without, thought = math.exp(base.mean()), math.exp(talk.mean())
     lines = [
-        f"{len(base)} tokens; perplexity {math.exp(base.mean()):.3f} without thoughts, "
-        f"{math.exp(talk.mean()):.3f} with",
+        f"{len(base)} tokens; perplexity {without:.3f} without thoughts, {thought:.3f} with",
         "difficulty (nats)      tokens  without     with     gain",
     ]
     for part in difficulty.argsort().chunk(bins):
@@ -268,10 +261,7 @@ def show_text(base: Tensor, talk: Tensor, by: Tensor | None = None, bins: int = 
 
 
 def show_think_above(base: Tensor, talk: Tensor, unsure: Tensor) -> str:
-    """The loss and the share of tokens that think with --think-above H, as lines of text.
-
-    base, talk, unsure [targets]: as returned by text_nll.
-    """
+    """Loss and share of tokens with a thought under sample.py --think-above, from text_nll."""
     lines = ["think above (nats)   tokens that think       nll"]
     for H in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, math.inf):
         thinks = unsure >= H
@@ -283,12 +273,12 @@ def show_think_above(base: Tensor, talk: Tensor, unsure: Tensor) -> str:
 # ------------------------------------------------------------------------------------- questions
 
 LETTERS = "ABCDE"
-SPELLED = {"gsm8k": ["0123456789"], "csqa": [*LETTERS]}  # answers that hold what can be in one
+SPELLED = {"gsm8k": ["0123456789"], "csqa": [*LETTERS]}  # answers with all admissible characters
 NUMBER = re.compile(r"-?(?:[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?|\.[0-9]+)")
 SCORES = {
     "answer_probability": "probability of the answer among admissible tokens (the authors')",
     "greedy_accuracy": "accuracy of the number written greedily",
-    "letter_accuracy": "accuracy of the likeliest letter",
+    "letter_accuracy": "accuracy of the most likely letter",
 }
 
 
@@ -296,12 +286,12 @@ class Question(NamedTuple):
     """A question and its answer."""
 
     number: int  # from 0
-    text: str  # what follows "Q: ", choices included
-    answer: str  # a number as the file spells it, or a letter
+    text: str  # after "Q: ", with the choices
+    answer: str  # a number as spelled in the file, or a letter
 
 
 def number_in(text: str) -> Decimal | None:
-    """The first number in a text, dollar signs and the commas between thousands left out."""
+    """The first number in a text, without dollar signs and the commas between thousands."""
     match = NUMBER.search(text.replace("$", ""))
     return Decimal(match[0].replace(",", "")) if match else None
 
@@ -315,7 +305,7 @@ def gsm8k_question(record: dict) -> tuple[str, str]:
 
 
 def csqa_question(record: dict) -> tuple[str, str]:
-    """Text and answer of CommonsenseQA, in its original layout or the flat one of later copies."""
+    """Text and answer of a line of CommonsenseQA, in the original layout or the later flat one."""
     question, answer = record["question"], record["answerKey"]
     if isinstance(question, dict):
         choices = {choice["label"]: choice["text"] for choice in question["choices"]}
@@ -331,7 +321,7 @@ TASKS = {"gsm8k": gsm8k_question, "csqa": csqa_question}
 
 
 def read_questions(path: str | Path, task: str, limit: int | None = None) -> list[Question]:
-    """The first `limit` questions in a data set's own JSON lines; ValueError names a bad line."""
+    """The first `limit` questions in a data set's JSON lines. ValueError names a bad line."""
     questions, records = [], read_json_lines(path)[:limit]
     if not records or (limit or 1) < 1:
         raise ValueError(f"{path} is without questions, or limit is {limit}: give at least one")
@@ -344,9 +334,9 @@ def read_questions(path: str | Path, task: str, limit: int | None = None) -> lis
 
 
 def encode_answer(tokenizer: Tokenizer, prompt: str, answer: str) -> tuple[list[int], int]:
-    """ids of prompt + answer, and the index of the first that is not the prompt's own.
+    """ids of prompt + answer, and the index of the answer's first token.
 
-    (A tokenizer may join the end of a prompt with the beginning of an answer.)
+    That is the first token that differs from the prompt's: the two may share a joined token.
     """
     ids, before = (tokenizer.encode(s, bos=tokenizer.adds_bos) for s in (prompt + answer, prompt))
     same = takewhile(lambda pair: pair[0] == pair[1], zip(ids, before, strict=False))
@@ -354,10 +344,10 @@ def encode_answer(tokenizer: Tokenizer, prompt: str, answer: str) -> tuple[list[
 
 
 def admissible_tokens(tokenizer: Tokenizer, task: str) -> dict[str, int]:
-    """{character: id}: ten digits or five letters, and the end of line, as an answer spells them.
+    """{character: id} of ten digits or five letters, and of the line break.
 
-    A vocabulary may have several tokens of one character: Mistral's has " A", "A" and a byte
-    piece. The one that counts is what the tokenizer makes of "A: A". ValueError if there is none.
+    A vocabulary may have several tokens for a character (Mistral: " A", "A" and a byte). This takes
+    the one in an encoded answer, "A: A". Raises ValueError if a character has no token.
     """
     found: dict[str, int] = {}
     for answer in SPELLED[task]:
@@ -373,34 +363,31 @@ def admissible_tokens(tokenizer: Tokenizer, task: str) -> dict[str, int]:
 
 
 @torch.no_grad()
-def answer_logits(model: Mistral | QuietStar, ids: list[int], start: int) -> Tensor:
-    """Logits [answer, V] of the tokens ids[start:], each after all before it as they truly are."""
+def answer_logits(model: Model, ids: list[int], start: int) -> Tensor:
+    """Logits [answer, V] of the tokens ids[start:], each after all true tokens before it."""
     row = torch.tensor([ids], device=next(model.parameters()).device)
-    if isinstance(model, Mistral):
-        return model(row)[0, start - 1 : -1].float().cpu()
-    cache = KVCache(model.model.config)
-    model.model.run(model.model.embed_tokens(row[:, : start - 1]), cache)
-    steps = [model.think_last(last, cache) for last in row[:, start - 1 : -1].unbind(1)]
-    return torch.cat([prediction.logits for prediction in steps]).cpu()
+    cache = read_ids(model, row[:, : start - 1])
+    steps = [predict(model, last, cache)[0] for last in row[:, start - 1 : -1].unbind(1)]
+    return torch.cat(steps).cpu()
 
 
 def answer_probability(logits: Tensor, targets: list[int]) -> float:
     """The product over an answer's tokens of p(token), renormalised over the admissible ones.
 
-    logits [tokens, admissible], targets [tokens] among them. Authors' code: compute_metrics. Ours:
-    a number below 0 is scored by its digits, as any other, where theirs takes it for a letter.
+    logits [tokens, admissible]; targets [tokens] are indices of admissible tokens. Authors' code:
+    compute_metrics. Ours: a negative number is scored by its digits; theirs takes it for a letter.
     """
     p = torch.softmax(logits.double(), dim=-1)
     return p[range(len(targets)), targets].prod().item()
 
 
 def answer_at_once(
-    model: Mistral | QuietStar, question: Question, tokenizer: Tokenizer, admissible: dict[str, int]
+    model: Model, question: Question, tokenizer: Tokenizer, admissible: dict[str, int]
 ) -> dict:
     """The scores of an answer right after "A:", and the answer given.
 
-    The true answer is teacher-forced; its tokens that are not admissible (a space, a comma, a
-    minus) are passed over. The number that is compared for greedy accuracy is written freely.
+    answer_probability is that of the true answer without its tokens that are not admissible (space,
+    comma, minus). The number for greedy_accuracy is generated without restriction.
     """
     prompt, allowed = f"Q: {question.text}\nA:", list(admissible.values())
     ids, start = encode_answer(tokenizer, prompt, f" {question.answer}\n")
@@ -416,22 +403,22 @@ def answer_at_once(
     return result | {"greedy_accuracy": int(right), "answer": written}
 
 
-def ways_to_answer(model: Mistral | QuietStar) -> dict[str, Mistral | QuietStar]:
+def ways_to_answer(model: Model) -> dict[str, Model]:
     """The model without thoughts, and with them if it has any."""
     if isinstance(model, Mistral):
         return {"without thoughts": model}
     return {"without thoughts": model.model, "with thoughts": model}
 
 
-def bootstrap_interval(values: np.ndarray, resamples: int = 2000) -> tuple[float, float]:
-    """The 95 % percentile interval of the mean of values [questions], questions drawn anew."""
-    drawn = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
+def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
+    """The 95 % percentile interval of the mean of values [n], from 2,000 resamples."""
+    drawn = np.random.default_rng(0).integers(len(values), size=(2000, len(values)))
     low, high = np.percentile(values[drawn].mean(axis=1), [2.5, 97.5])
     return float(low), float(high)
 
 
 def show_scores(title: str, results: list[dict], scores: dict[str, str]) -> str:
-    """Means over questions with 95 % intervals, a row per score, a column per way to answer."""
+    """Means over questions with 95 % intervals: a row per score, a column per way to answer."""
     ways = [way for way, value in results[0].items() if isinstance(value, dict)]
     lines = [f"{f'{title}, {len(results)} questions':66}" + "".join(f"{way:>27}" for way in ways)]
     for score in [score for score in scores if score in results[0][ways[0]]]:
@@ -441,25 +428,17 @@ def show_scores(title: str, results: list[dict], scores: dict[str, str]) -> str:
             low, high = bootstrap_interval(percent)
             line += f"{f'{percent.mean():.2f} % [{low:.2f}, {high:.2f}]':>27}"
         lines.append(line)
-    return "\n".join([*lines, "In brackets: 95 % intervals, by drawing the questions anew."])
+    return "\n".join([*lines, "In brackets: 95 % intervals (bootstrap over the questions)."])
 
 
 def answer_task(
-    model: Mistral | QuietStar, tokenizer: Tokenizer, task: str, header: dict, out: Path
+    model: Model, tokenizer: Tokenizer, task: str, header: dict, out: Path
 ) -> list[dict]:
-    """answer_all of a task's questions, those of data and limit in the header, at once."""
+    """answer_all of a task: the questions are given by data and limit in the header."""
     questions = read_questions(header["data"], task, header["limit"])
     admissible = admissible_tokens(tokenizer, task)
     answer = partial(answer_at_once, tokenizer=tokenizer, admissible=admissible)
     return answer_all(ways_to_answer(model), questions, answer, out, header)
-
-
-def run_task(model: Mistral | QuietStar, tokenizer: Tokenizer, options) -> None:
-    """Answer a task's questions in every way, and print the scores."""
-    out = results_file(options, options.task)
-    results = answer_task(model, tokenizer, options.task, about(options), out)
-    print(show_scores(options.task, results, SCORES))
-    print(f"a line for each question is in {out}")
 
 
 # ------------------------------------------------------------------------------ the command line
@@ -474,24 +453,24 @@ def run(options: argparse.Namespace) -> None:
     if options.task and (options.data is None or options.text):
         raise ValueError("--task needs --data, the file of its questions, and no --text")
     check_at_least(options, context=2, max_tokens=2, limit=1)
-    device, dtype = pick_device(options.device), options.dtype and DTYPES[options.dtype]
-    model, tokenizer = load(options.model, device, dtype)
-    if options.task:
-        run_task(model, tokenizer, options)
+    device, folder, task = pick_device(options.device), options.model, options.task
+    model, tokenizer = load(folder, device, DTYPES.get(options.dtype))
+    if task:
+        out = results_file(options, task)
+        print(show_scores(task, answer_task(model, tokenizer, task, about(options), out), SCORES))
+        print(f"a line for each question is in {out}")
     elif options.text is None:
         if tokenizer.vocab_size != corpus.VOCAB:
-            raise ValueError(
-                f"{options.model} is not of the built-in corpus: give --text or --task"
-            )
+            raise ValueError(f"{folder} is not of the built-in corpus: give --text or --task")
         print(show_puzzles({"model": puzzle_table(model, tokenizer)}))
     elif not isinstance(model, QuietStar):
-        raise ValueError(f"{options.model} is a plain model; --text compares with thoughts")
+        raise ValueError(f"{folder} is a plain model; --text compares with thoughts")
     else:
-        tokens = tokenize(read_documents([options.text]), tokenizer)
-        ids, mask = (x[: options.max_tokens].to(device) for x in (tokens.ids, tokens.is_target))
-        base, talk, unsure = text_nll(model, ids, mask, options.context or 256)
-        print(show_text(base, talk))
-        print(show_think_above(base, talk, unsure))
+        text = read_tokens([options.text], tokenizer)  # uint16 or uint32 if it was prepared
+        ids, mask = (np.asarray(x[: options.max_tokens]) for x in (text.ids, text.is_target))
+        ids, mask = (torch.tensor(x, device=device) for x in (ids.astype(np.int64), mask))
+        measured = text_nll(model, ids, mask, options.context or 256, show=True)
+        print(show_text(*measured[:2]), show_think_above(*measured), sep="\n")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -499,14 +478,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--model", required=True, metavar="FOLDER", help="checkpoint folder")
-    add("--text", metavar="FILE", help="text or .jsonl file; none: the built-in corpus' puzzles")
+    add("--text", metavar="FILE", help="text, .jsonl, or folder of tools.prepare; none: puzzles")
     add("--context", type=int, help="--text: tokens in a sequence (256)")
-    add("--max-tokens", type=int, help="--text: tokens to read; none: all")
-    add("--task", choices=TASKS, help="questions to answer, with and without thoughts")
-    add("--data", metavar="FILE", help="--task: its questions, JSON lines of the data set")
-    add("--limit", type=int, help="--task: the first questions only; none: all")
-    add("--out", metavar="FILE", help="--task: of results, continued if there; none: in runs/")
-    add("--device", help="cpu, cuda, mps; none: the best there is")
+    add("--max-tokens", type=int, help="--text: first tokens to read; none: all")
+    add("--task", choices=TASKS, help="questions to answer, without and with thoughts")
+    add("--data", metavar="FILE", help="--task: JSON lines of the data set")
+    add("--limit", type=int, help="--task: first questions to answer; none: all")
+    add("--out", metavar="FILE", help="--task: results; none: in runs/; continued if it exists")
+    add("--device", help="cpu, cuda, mps; none: the best one available")
     add("--dtype", choices=DTYPES, help="precision; none: the file's, on a CPU float32 if it fits")
     execute(parser, run, arguments)
 

@@ -14,6 +14,7 @@ from sample import generate
 from support import corpus
 from support.tokenizer import load_tokenizer, save_byte_tokenizer
 from thoughts import load_quiet_star, save_quiet_star
+from tools import prepare
 
 
 @pytest.fixture
@@ -71,17 +72,24 @@ def test_glance(folder):
 
 
 @pytest.mark.parametrize(
-    ("right", "hum", "enough"), [(0.99, "m", False), (1.0, "m", True), (1.0, "n", False)]
+    ("right", "aside", "enough"),
+    [
+        (0.99, "mmmmmm", False),
+        (1.0, "mmmmmm", True),
+        (1.0, "nnnnnn", False),
+        (1.0, "mmmmmn", False),
+    ],
 )
 def test_a_base_model_is_trained_enough_when_it_hums_and_can_work(
-    folder, monkeypatch, right, hum, enough
+    folder, monkeypatch, right, aside, enough
 ):
+    """An aside hums only if all of its letters are m."""
     model, tokenizer = load_quiet_star(folder).model, load_tokenizer(folder)
-    said = torch.full((146, 6), tokenizer.token_id(hum))
-    monkeypatch.setattr(evaluation, "aloud", lambda *_, begun: (said, None))
+    said = torch.tensor([tokenizer.encode(aside)] * 146)
+    monkeypatch.setattr(evaluation, "write_aside", lambda *_, begun: (said, None))
     monkeypatch.setattr(evaluation, "score", lambda *_: evaluation.Score(right, 0.0))
-    share = "100" if hum == "m" else "  0"
-    line = f"hums in {share} % of its asides; begun right, {100 * right:3.0f} % end so"
+    share = "100" if aside == "mmmmmm" else "  0"
+    line = f"{share} % of asides hum; begun right, {100 * right:3.0f} % lead to the answer"
     assert evaluation.look_at_puzzles(model, tokenizer) == (line, enough, {})
 
 
@@ -94,6 +102,13 @@ def test_score_by_hand():
     assert abs(score.logp - expected) < 1e-6
 
 
+def test_scores_of_bfloat16_logits_are_computed_in_float32():
+    """log p(0) of three equal logits; in bfloat16 it would be -1.1015625."""
+    puzzles = evaluation.Puzzles(None, torch.tensor([0]), None, torch.tensor([0, 1, 2]), 0)
+    logits = torch.ones(1, 3, dtype=torch.bfloat16)
+    assert evaluation.score(logits, puzzles).logp == pytest.approx(-math.log(3), abs=1e-6)
+
+
 def test_table(folder, capsys):
     evaluation.main(["--model", str(folder), "--device", "cpu"])
     lines = capsys.readouterr().out.splitlines()
@@ -104,8 +119,8 @@ def test_table(folder, capsys):
         assert "%" in line
 
 
-def test_random_and_shuffled_thoughts(folder, monkeypatch):
-    """Random: tokens of all the vocabulary. Shuffled: the greedy thoughts, of other puzzles."""
+def test_the_thoughts_of_the_table(folder, monkeypatch):
+    """Pause: start tokens. Random: of the whole vocabulary. Shuffled: greedy, of other puzzles."""
     asked, predict = {}, evaluation.predict_answers
 
     def watch(model, puzzles, thought_ids):
@@ -116,21 +131,44 @@ def test_random_and_shuffled_thoughts(folder, monkeypatch):
     monkeypatch.setattr(evaluation, "predict_answers", watch)
     model, tokenizer = load_quiet_star(folder), load_tokenizer(folder)
     table = evaluation.puzzle_table(model, tokenizer)
-    greedy, _, random, shuffled, _ = asked.values()
+    greedy, pause, random, shuffled, sampled = asked.values()
     assert random.shape == greedy.shape == (3 * 146, 2)
     assert len(random.unique()) > 0.9 * 258
     assert sorted(shuffled.tolist()) == sorted(greedy.tolist())
     assert (shuffled != greedy).any()
     puzzles = evaluation.held_out_puzzles(tokenizer, torch.device("cpu"))
+    assert model.start_id != model.end_id
+    assert (pause == model.start_id).all()
+    assert torch.equal(sampled, evaluation.sampled_thoughts(model, puzzles.ids))
     other = predict(model, puzzles, shuffled)
     assert table["shuffled thoughts"] == evaluation.score(other.logits, puzzles)
 
 
-def test_text_nll_equals_thinking_slowly():
-    """Sequences of 6, 6 and 3 tokens; one token is no target."""
+def test_sampled_thoughts_follow_the_last_token():
+    """With logits as large as these, a sampled thought is the greedy one."""
+    model, ids = tiny_quiet_star(n_thoughts=2), random_ids(5, 7)
+    model.model.lm_head.weight.data *= 1e5
+    sampled = evaluation.sampled_thoughts(model, ids)
+    assert sampled.tolist() == [think_slowly(model, text, 6, None)["ids"] for text in ids]
+    assert sampled.tolist() != [think_slowly(model, text, 5, None)["ids"] for text in ids]
+
+
+def test_sampled_thoughts_are_sampled_at_temperature_1():
+    """The first token in 20,000 samples, against its probability after the text and start."""
+    model, ids = tiny_quiet_star(V=5), random_ids(1, 3, 5)
+    drawn = evaluation.sampled_thoughts(model, ids.expand(20000, 3))[:, 0]
+    logp = [think_slowly(model, ids[0], 2, [token, 0, 0])["logp"][0] for token in range(5)]
+    tau, shares = model.config.reinforce_temperature, torch.bincount(drawn, minlength=5) / 20000
+    expected = torch.softmax(tau * torch.stack(logp).detach(), -1)
+    assert (shares - expected).abs().max() < 0.018  # five standard deviations
+
+
+@pytest.mark.parametrize("length", [13, 15])
+def test_text_nll_equals_thinking_slowly(length):
+    """Sequences of 6, 6 and 3 tokens, or of 1, which has no target; one token is no target."""
     model = tiny_quiet_star(n_thoughts=2)
-    ids = random_ids(1, 15)[0]
-    is_target = torch.ones(15, dtype=torch.bool)
+    ids = random_ids(1, length)[0]
+    is_target = torch.ones(length, dtype=torch.bool)
     is_target[8] = False
     base, talk, unsure = evaluation.text_nll(model, ids, is_target, context=6)
     expected_base, expected_talk, expected_unsure = [], [], []
@@ -146,6 +184,13 @@ def test_text_nll_equals_thinking_slowly():
     assert (talk - torch.stack(expected_talk)).abs().max() < 1e-5
     assert (unsure - torch.stack(expected_unsure)).abs().max() < 1e-5
     assert model.config.n_thoughts == 2
+
+
+def test_entropy_of_a_bfloat16_model_is_computed_in_float32():
+    model, ids = tiny_quiet_star().to(torch.bfloat16), random_ids(1, 9)
+    unsure = evaluation.text_nll(model, ids[0], torch.ones(9, dtype=torch.bool), 9)[2]
+    logp = torch.log_softmax(model.model(ids)[0, :-1].double(), -1)
+    assert (unsure + (logp.exp() * logp).sum(-1)).abs().max() < 1e-5
 
 
 def test_thinking_above_an_entropy_by_hand():
@@ -191,6 +236,59 @@ def test_text_report(folder, tmp_path, capsys):
     assert len(lines) == (2 + 5) + (1 + 8)
     assert lines[8].split()[:2] == ["0.0", "100.0"]
     assert sum(int(line.split()[3]) for line in lines[2:7]) == int(lines[0].split()[0])
+
+
+def tokens_read(capsys, folder, text, *options):
+    """The number of targets that --text reports, and the whole report."""
+    evaluation.main(["--model", str(folder), "--text", str(text), "--device", "cpu", *options])
+    report = capsys.readouterr().out
+    return int(report.split()[0]), report
+
+
+def test_context_is_the_length_of_a_sequence(folder, tmp_path, capsys):
+    """Of 600 tokens, or the first 100, the first of each sequence is no target."""
+    (tmp_path / "text.txt").write_text("Thoughts are free. " * 31 + "Thoughts ar")
+    for options, count in (
+        (["--context", "100"], 594),
+        (["--context", "30"], 580),
+        ([], 597),
+        (["--max-tokens", "100", "--context", "50"], 98),
+    ):
+        assert tokens_read(capsys, folder, tmp_path / "text.txt", *options)[0] == count
+
+
+def test_prepared_text_gives_the_same_report(folder, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("Thoughts are free. " * 5)
+    out, file = tmp_path / "prepared", tmp_path / "text.txt"
+    given = ["--data", str(file), "--checkpoint", str(folder), "--out", str(out)]
+    prepare.main([*given, "--workers", "1"])
+    capsys.readouterr()
+    for options in ([], ["--context", "16", "--max-tokens", "40"]):
+        count, report = tokens_read(capsys, folder, out, *options)
+        assert count > 30
+        assert report == tokens_read(capsys, folder, file, *options)[1]
+
+
+@pytest.mark.parametrize("part", ["model.norm.weight", "mixing_head.4.weight"])
+@pytest.mark.parametrize("evaluated", ["puzzles", "text", "task"])
+def test_logits_that_are_not_finite_are_refused(folder, tmp_path, capsys, evaluated, part):
+    """Broken weights of the language model, and of the thoughts only."""
+    model = load_quiet_star(folder)
+    torch.nn.init.constant_(model.get_parameter(part), float("nan"))
+    save_quiet_star(model, folder)
+    (tmp_path / "text.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}\n')
+    file, out = str(tmp_path / "text.jsonl"), str(tmp_path / "out.jsonl")
+    task = ["--task", "gsm8k", "--data", file, "--out", out]
+    options = {"puzzles": [], "text": ["--text", file], "task": task}[evaluated]
+    with pytest.raises(SystemExit) as stopped:
+        evaluation.main(["--model", str(folder), "--device", "cpu", *options])
+    assert stopped.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.err.endswith(
+        "error: the logits are not finite: weights are broken, or their dtype too small\n"
+    )
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Generation, with and without thoughts, against recomputing everything at every step."""
 
+import io
 import json
 import re
 
@@ -93,7 +94,7 @@ def test_the_cache_never_holds_a_thought():
             assert (a - b).abs().max() < 1e-6
 
 
-def test_samples_of_one_prompt_are_alike_if_greedy():
+def test_greedy_samples_of_one_prompt_are_equal():
     model, ids = tiny_quiet_star(), random_ids(1, 5)
     together = generate(model, ids.expand(3, 5), 4, temperature=0)
     assert torch.equal(together, generate(model, ids, 4, temperature=0).expand(3, 9))
@@ -114,7 +115,8 @@ def test_sampling_follows_temperature_and_nucleus(temperature, top_p):
     """How often each token follows a prompt in 20,000 samples, against its probability."""
     model, ids = tiny_mistral(V=5), random_ids(1, 3, 5)
     generator = torch.Generator().manual_seed(0)
-    drawn = generate(model, ids.expand(20000, 3), 1, temperature, top_p, generator)[:, -1]
+    how = {"temperature": temperature, "top_p": top_p, "generator": generator}
+    drawn = generate(model, ids.expand(20000, 3), 1, **how)[:, -1]
     logits = model(ids)[0, -1:].detach() / temperature
     expected = torch.softmax(nucleus(logits, top_p), -1)[0]
     shares = torch.bincount(drawn, minlength=5) / 20000
@@ -159,7 +161,7 @@ def test_logits_that_are_not_finite(temperature, value, thinking):
         model.get_parameter("model.norm.weight" if thinking else "norm.weight"), value
     )
     with pytest.raises(ValueError, match="logits are not finite"):
-        generate(model, random_ids(1, 3), 1, temperature)
+        generate(model, random_ids(1, 3), 1, temperature=temperature)
 
 
 # ------------------------------------------------------------------------------ the command line
@@ -187,6 +189,65 @@ def test_command_line(folders, capsys):
     shown = [line for line in lines if " thought " in line]
     assert len(shown) == 6
     assert all("log p" in line and " w " in line for line in shown)
+
+
+def test_prompts_with_one_load(folders, capsys, monkeypatch):
+    """Every prompt is continued as if it were alone; the speed is printed once, for all."""
+    load, loads = sample.load, []
+    monkeypatch.setattr(sample, "load", lambda *given: loads.append(given) or load(*given))
+
+    def texts(*prompts):
+        options = ["--samples", "2", "--max-new-tokens", "4", "--device", "cpu"]
+        sample.main(["--model", str(folders[1]), *options, "--prompt", *prompts])
+        return capsys.readouterr()
+
+    first, second, both = texts("12="), texts("One", "12="), texts("12=", "One")
+    assert len(loads) == 3
+    assert both.out.startswith(first.out)
+    assert both.out.removeprefix(first.out) == second.out.removesuffix(first.out) != ""
+    number, speed = re.fullmatch(r"(\d+) tokens, (\d+\.\d) tokens/s\n", both.err).groups()
+    assert 0 < int(number) <= 16
+    assert float(speed) > 0
+
+
+def test_speed_counts_the_tokens_that_were_written(folders, capsys, monkeypatch):
+    """Five tokens in two seconds; an embedding without a token is not written."""
+
+    def steps(*_, **__):
+        yield from (
+            (torch.tensor(pair), None) for pair in ([65, 66], [67, 68], [258, 69], [0, 258])
+        )
+
+    times = iter([3.0, 5.0])
+    monkeypatch.setattr(sample, "generate_steps", steps)
+    monkeypatch.setattr(sample.time, "perf_counter", lambda: next(times))
+    options = ["--model", str(folders[0]), "--prompt", "x", "--samples", "2", "--device", "cpu"]
+    sample.main(options)
+    assert capsys.readouterr() == ("xAC\nxBDE\n", "5 tokens, 2.5 tokens/s\n")
+
+
+def test_a_prompt_from_a_file_or_standard_input(folders, tmp_path, capsys, monkeypatch):
+    """The whole text, without the line break at its end."""
+    options = ["--model", str(folders[0]), "--greedy", "--device", "cpu"]
+    sample.main([*options, "--prompt", "\n12=0\n2—="])
+    expected = capsys.readouterr().out
+    (tmp_path / "prompt.txt").write_text("\n12=0\n2—=\n", encoding="utf-8")
+    for file in (str(tmp_path / "prompt.txt"), "-"):
+        typed = io.BytesIO("\n12=0\n2—=\n".encode())
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(typed, "ascii", "surrogateescape"))
+        sample.main([*options, "--prompt-file", file])
+        assert capsys.readouterr().out == expected
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff")))
+    for wrong, message in (
+        (["--prompt-file", "-"], "cannot read standard input as UTF-8 text"),
+        (["--prompt-file", "nowhere.txt"], "cannot read nowhere.txt"),
+        (["--prompt-file", "-", "--prompt", "x"], "not allowed with argument --prompt-file"),
+        ([], "one of the arguments --prompt --prompt-file is required"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            sample.main([*options, *wrong])
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
 
 
 def test_options_of_sampling_are_heard(folders, capsys):
@@ -291,7 +352,7 @@ def test_dtype_on_a_cpu(tmp_path, monkeypatch, capsys, kept, asked, share, taken
         sample.main(options)
         loaded, _ = checkpoints.load(tmp_path, torch.device("cpu"), asked)
         assert loaded.lm_head.weight.dtype == taken
-    said = capsys.readouterr().err.splitlines()
+    said = capsys.readouterr().err.replace("0 tokens, 0.0 tokens/s\n", "").splitlines()
     assert len(said) == (1 if taken is None else 2 * (asked is None and taken == torch.bfloat16))
     for line in said:
         assert re.search(r"needs 0\.\d GB in .* and 0\.\d GB of memory are free", line)

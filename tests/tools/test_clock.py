@@ -52,7 +52,7 @@ def test_a_base_model_is_ready_if_it_works_when_begun_right_and_else_hums(folder
     for hums in (True, False):
         said = torch.full_like(puzzles.work, puzzles.hum + (not hums))
         for answers, able in ((right, True), (right * 0, False)):
-            monkeypatch.setattr(evaluation, "aloud", lambda *a, begun, x=(said, answers): x)
+            monkeypatch.setattr(evaluation, "write_aside", lambda *a, begun, x=(said, answers): x)
             model = type("Model", (), {"model": lambda ids: torch.zeros(len(ids), 1, 300)})
             for humming in (True, False):
                 line, enough, metrics = clock.look(model, tokenizer, puzzles, humming)
