@@ -10,7 +10,7 @@ from tiny import random_ids
 import fast
 import train
 from model import Mistral, MistralConfig
-from thoughts import QuietStar, ThoughtConfig, quiet_star_loss, reward
+from thoughts import QuietStar, ThoughtConfig, mix, quiet_star_loss, reward
 
 STEPS = 3
 
@@ -51,3 +51,21 @@ def test_the_mixing_weight_leaves_1_in_the_same_step_and_rewards_agree():
         assert torch.corrcoef(both)[0, 1] > 0.95
         assert abs(r_too.std() / r.std() - 1) < 0.1
         assert (both[0].sign() == both[1].sign()).float().mean() > 0.9
+
+
+def test_without_a_heard_thought_both_losses_are_the_same():
+    """At w = 1 exactly: both heads are evaluated in float32, and so is the mixing head."""
+    torch.manual_seed(0)
+    model = QuietStar(Mistral(MistralConfig(258, 64, 128, 2, 4, 2)).bfloat16(), ThoughtConfig())
+    assert {p.dtype for p in model.mixing_head.parameters()} == {torch.float32}
+    output = model(random_ids(2, 12, 258))
+    for a in range(4):
+        ahead = output.base_nll[:, None, a : a + 8].expand(-1, 2, -1)
+        assert (output.talk_nll[a] - ahead).abs().max() < 1e-5
+
+
+def test_a_small_share_of_a_thought_is_not_rounded_away():
+    h_init, h_thought = torch.ones(4).bfloat16(), 2 * torch.ones(4).bfloat16()
+    mixed = mix(h_init, h_thought, torch.tensor(1 - 1e-5))
+    assert mixed.dtype == torch.float32
+    assert (mixed - 1.00001).abs().max() < 1e-6

@@ -116,3 +116,22 @@ def test_the_em_dash_is_a_token_or_the_first_that_is_not_white_space():
     assert em_dash_id(Letters([" ", "\t", "\ufffd", "x"])) == 2
     assert em_dash_id(Letters(["-", " "])) == 0
     assert em_dash_id(Letters([" "])) == 0
+
+
+def test_a_greedy_thought_holds_no_meta_token():
+    """Not even where the head would prefer one."""
+    model = tiny_quiet_star(start_id=3, end_id=4)
+    with torch.no_grad():
+        model.model.norm.weight.abs_()
+        states = model.model.run(
+            model.model.embed_tokens(random_ids(1, 5)), KVCache(model.model.config)
+        )
+        model.model.lm_head.weight[3] = 100 * states[0, -1]
+        model.model.lm_head.weight[4] = -100 * states[0, -1]
+    cache = KVCache(model.model.config)
+    ids = random_ids(1, 5)
+    model.model(ids[:, :-1], cache)
+    thought = model.think_last(ids[:, -1], cache).thought_ids
+    assert not ((thought == 3) | (thought == 4)).any()
+    head = model.model.lm_head.weight
+    assert (head[3:5] @ states[0, -1]).max() > (head @ states[0, -1])[5:].max()

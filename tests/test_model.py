@@ -87,9 +87,9 @@ def test_stretched_rotary_positions_by_hand():
 
     That is 4, 0.5 and 2 turns: kept, slowed by 8, and between, with (2 - 1) / (4 - 1) of it kept.
     """
-    inv_freq = 2 * math.pi / torch.tensor([10.0, 80.0, 20.0])
+    inv_freq = 2 * math.pi / torch.tensor([10.0, 80.0, 20.0, 5.0])  # the last: 8 turns, kept
     ratio = scale_frequencies(inv_freq, RopeScaling(8.0, 1.0, 4.0, 40)) / inv_freq
-    assert (ratio - torch.tensor([1, 1 / 8, 1 / 3 + 2 / 3 / 8])).abs().max() < 1e-6
+    assert (ratio - torch.tensor([1, 1 / 8, 1 / 3 + 2 / 3 / 8, 1])).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("window", [None, 5, 10])

@@ -150,3 +150,18 @@ def test_sampling_follows_the_probabilities():
         expected = torch.softmax(by_id * tau / temperature, -1)
         # a share of 20,000 draws has a standard deviation of at most 0.0036: five of them
         assert (counts - expected).abs().max() < 0.018
+
+
+def test_a_sampled_thought_has_the_gradient_of_a_forced_one():
+    """log p of every sampled token is differentiated, the first one included."""
+    model, ids = tiny_quiet_star(), random_ids(2, 8)
+    sampled = model(ids, generator=torch.Generator().manual_seed(0))
+    forced = model(ids, thought_ids=sampled.thought_ids)
+    for k in range(3):
+        head = model.model.lm_head.weight
+        one, other = (
+            torch.autograd.grad(x.thought_logp[..., k].sum(), head, retain_graph=True)[0]
+            for x in (sampled, forced)
+        )
+        assert one.abs().max() > 0
+        assert (one - other).abs().max() < 1e-5

@@ -1,6 +1,6 @@
 """Does a pretrained model discover useful thoughts, on the puzzles of the built-in corpus?
 
-    python -m tools.clock --checkpoint SmolLM2 --out runs/clock -- --dtype bfloat16
+    python -m tools.clock --checkpoint SmolLM2 --out runs/clock -- --fast --dtype bfloat16
 
 First the checkpoint learns from lines with an aside: to work in it ("works"), and then to hum
 unless the beginning of its aside is given ("hums"). From there it is trained in four ways on lines
@@ -77,7 +77,7 @@ def look(model: QuietStar, tokenizer: Tokenizer, puzzles: evaluation.Puzzles, hu
 
 def train_base(checkpoint: str, out: Path, more: dict, device: torch.device, look) -> None:
     """Make OUT/hums/model, a plain model that can work in an aside, but hums."""
-    kept = {name: more[name] for name in ("seed", "dtype") if name in more}
+    kept = {name: more[name] for name in ("seed", "fast", "dtype", "masters") if name in more}
     for name in ("works", "hums"):
         run, folder = out / name, out / name / "model"
         options = BASE | kept | {"checkpoint": checkpoint, "data": [out / f"{name}.txt"]}
