@@ -1,7 +1,7 @@
 """The cost of a training step, counted before it is run.
 
-The step is run on PyTorch's meta device, which computes shapes but no numbers, with two and with
-three layers. Memory and operations are linear in the number of layers, so that both counts give
+The step is run on PyTorch's meta device, which computes shapes but no numbers, with three and with
+four layers. Memory and operations are linear in the number of layers, so that both counts give
 that of the whole model.
 """
 
@@ -103,9 +103,9 @@ def run_step(
 
 
 def of_all_layers(shape: MistralConfig, cost_of: Callable[[MistralConfig], float]) -> float:
-    """A cost that is linear in the number of layers, from models of two and of three layers."""
-    two, three = (cost_of(replace(shape, num_hidden_layers=layers)) for layers in (2, 3))
-    return two + (shape.num_hidden_layers - 2) * (three - two)
+    """A cost that is linear in the number of layers, from models of three and of four layers."""
+    three, four = (cost_of(replace(shape, num_hidden_layers=layers)) for layers in (3, 4))
+    return three + (shape.num_hidden_layers - 3) * (four - three)
 
 
 def step_bytes(shape: MistralConfig, *step) -> float:

@@ -84,7 +84,7 @@ def test_memory_is_what_a_step_keeps(path, sequences, T, J, dtype):
 
 
 def test_counts_are_linear_in_layers():
-    """Of 5 layers, from 2 and 3."""
+    """Of 5 layers, from 3 and 4."""
     step = THOUGHTS, 1, 20, 8, torch.float32, PATHS["checkpointing"]
     planned = memory.step_operations(SHAPE, *step)
     assert planned == memory.run_step(SHAPE, *step, memory.Watch).operations
