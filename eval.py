@@ -202,18 +202,17 @@ def show_puzzles(tables: dict[str, dict[str, Score]]) -> str:
 def text_nll(
     model: QuietStar, ids: Tensor, is_target: Tensor, context: int, show: bool = False
 ) -> Tensor:
-    """The nll of every target without and with a greedy thought, and the entropy without.
+    """The nll of every target without and with a greedy thought.
 
-    ids [tokens] int64, is_target [tokens] bool -> [3, targets] float32 on the CPU, in nats.
+    ids [tokens] int64, is_target [tokens] bool -> [2, targets] float32 on the CPU, in nats.
     show: print a status line. Raises ValueError if there is no target, or a loss is not finite.
     """
-    once, parts = thinking_once(model), [torch.empty(3, 0)]
+    once, parts = thinking_once(model), [torch.empty(2, 0)]
     starts = range(0, len(ids) - 1, context)  # a last sequence of one token has no target
     for count, start in enumerate(starts, 1):
         part = slice(start, start + context)
         output = once(ids[None, part], target_mask=is_target[None, part], temperature=0)
-        unsure = entropy(model.model(ids[None, part])[0, :-1].float())  # [J]
-        values = torch.stack([output.base_nll[0], output.talk_nll[0, 0, 0], unsure])  # [3, J]
+        values = torch.stack([output.base_nll[0], output.talk_nll[0, 0, 0]])  # [2, J]
         parts.append(check_finite(values)[:, output.valid[0, 0]].float().cpu())
         if show:
             line = f"{min(start + context, len(ids))} of {len(ids)} tokens"
@@ -221,6 +220,17 @@ def text_nll(
     if not any(part.numel() for part in parts):
         raise ValueError(f"a text of {len(ids)} tokens has nothing to predict in it")
     return torch.cat(parts, dim=1)
+
+
+@torch.no_grad()
+def text_entropy(model: Mistral, ids: Tensor, is_target: Tensor, context: int) -> Tensor:
+    """The entropy of the prediction of every target of text_nll, [targets] in nats."""
+    parts = []
+    for start in range(0, len(ids) - 1, context):
+        part = slice(start, start + context)
+        unsure = entropy(model(ids[None, part])[0, :-1].float())  # [T-1]
+        parts.append(unsure[is_target[part][1:]].cpu())
+    return torch.cat(parts)
 
 
 def text_look(held_out: Tokens, sequences: int, context: int, device: torch.device):
@@ -232,8 +242,8 @@ def text_look(held_out: Tokens, sequences: int, context: int, device: torch.devi
     ids, is_target = held_out.batch(0, count, context, 0, device)  # [count, T] from all of it
 
     def look(model: QuietStar) -> tuple[str, bool, dict]:
-        *nlls, _ = text_nll(model, ids.flatten(), is_target.flatten(), context)
-        init_nll, talk_nll = (nll.mean().item() for nll in nlls)
+        nlls = text_nll(model, ids.flatten(), is_target.flatten(), context)
+        init_nll, talk_nll = nlls.mean(1).tolist()
         line = f"held-out text: nll {init_nll:.4f} without thoughts, {talk_nll:.4f} with"
         return line, False, {"eval_init_nll": init_nll, "eval_talk_nll": talk_nll}
 
@@ -261,7 +271,10 @@ def show_text(base: Tensor, talk: Tensor, by: Tensor | None = None, bins: int = 
 
 
 def show_think_above(base: Tensor, talk: Tensor, unsure: Tensor) -> str:
-    """Loss and share of tokens with a thought under sample.py --think-above, from text_nll."""
+    """Loss and share of tokens with a thought under sample.py --think-above.
+
+    base, talk, unsure [targets]: from text_nll and text_entropy.
+    """
     lines = ["think above (nats)   tokens that think       nll"]
     for H in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, math.inf):
         thinks = unsure >= H
@@ -469,8 +482,10 @@ def run(options: argparse.Namespace) -> None:
         text = read_tokens([options.text], tokenizer)  # uint16 or uint32 if it was prepared
         ids, mask = (np.asarray(x[: options.max_tokens]) for x in (text.ids, text.is_target))
         ids, mask = (torch.tensor(x, device=device) for x in (ids.astype(np.int64), mask))
-        measured = text_nll(model, ids, mask, options.context or 256, show=True)
-        print(show_text(*measured[:2]), show_think_above(*measured), sep="\n")
+        context = options.context or 256
+        nlls = text_nll(model, ids, mask, context, show=True)
+        unsure = text_entropy(model.model, ids, mask, context)
+        print(show_text(*nlls), show_think_above(*nlls, unsure), sep="\n")
 
 
 def main(arguments: list[str] | None = None) -> None:

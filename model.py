@@ -302,7 +302,7 @@ class Mistral(nn.Module):
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file, memory-mapped. Raises ValueError if it is damaged."""
+    """Tensors of a safetensors file, memory-mapped. Raises ValueError without a whole file."""
     try:
         return load_file(file)
     except (SafetensorError, OSError) as error:
@@ -341,7 +341,7 @@ def load_mistral(folder: str | Path, dtype: torch.dtype | None = None, device="c
     """Load a Mistral from a Hugging Face folder: config.json and model.safetensors, or shards.
 
     dtype None keeps the dtype of the file. Raises ValueError for another model_type, a config that
-    this file does not compute, and files that are missing or do not fit. Other formats and
+    this file does not compute, and weights that are missing or do not fit. Other formats and
     families (params.json, Llama, Qwen) are read by support.checkpoints.load_any.
     """
     folder = Path(folder)

@@ -47,6 +47,8 @@ from thoughts import (
 )
 
 SEVERAL = int(os.environ.get("WORLD_SIZE", 1)) > 1  # whether torchrun started several processes
+if SEVERAL:
+    from fast import parallel
 
 
 @dataclass(frozen=True)
@@ -299,22 +301,21 @@ def train_thoughts(
         held_out = read_tokens([settings.eval_data], tokenizer)
         look = evaluation.text_look(held_out, settings.eval_sequences, settings.context, device)
         look_every = settings.eval_every
-    model, AdamW, gradient = model_of(settings, thoughts, run, device), torch.optim.AdamW, None
+    model, AdamW = model_of(settings, thoughts, run, device), torch.optim.AdamW
     if settings.fast:
         import fast
 
         options = settings.checkpointing, settings.compile, settings.masters
         AdamW = fast.enter(model, ids[:1], targets[:1], *options)
     optimizer = make_optimizer(model, settings, AdamW)
+    gradient = batch_gradient
     if SEVERAL:
-        from fast import parallel
-
         gradient = parallel.gradient_of(model, optimizer, batch_gradient)
     runs.make_folder(settings, thoughts, run)
     with runs.hold(run):
         train(
             model, loss_of, optimizer, tokens, settings, thoughts.n_true, run / "quiet_star",
-            look, look_every, gradient or batch_gradient,
+            look, look_every, gradient,
         )  # fmt: skip
     return model
 
@@ -358,8 +359,6 @@ def run(options: argparse.Namespace) -> None:
     device, preset = given.pop("device"), PRESETS.get(given.pop("preset", None), {})
     settings, thoughts, folder = runs.open_run(preset, given, make_settings, Settings)
     if SEVERAL:
-        from fast import parallel
-
         parallel.start(settings, device, first=partial(runs.recover, folder / "quiet_star"))
     else:
         runs.stop_on_signals()
@@ -386,21 +385,11 @@ def main(arguments: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--out", metavar="FOLDER", help="folder of the run; none: runs/1, runs/2, ...")
     add("--resume", action="store_true", help="continue the run in --out")
-    add(
-        "--preset",
-        choices=PRESETS,
-        default=argparse.SUPPRESS,
-        help="settings for a model of this size",
-    )
+    add("--preset", choices=PRESETS, default=argparse.SUPPRESS, help="settings for such a model")
     add("--device", help="cpu, cuda, mps; none: the best one available")
     add_settings(parser, Settings, BUILT_IN)
     add_settings(parser, ThoughtConfig, BUILT_IN_THOUGHTS)
-    command = run
-    if SEVERAL:
-        from fast.parallel import together
-
-        command = together(run)
-    execute(parser, command, arguments)
+    execute(parser, parallel.together(run) if SEVERAL else run, arguments)
 
 
 if __name__ == "__main__":

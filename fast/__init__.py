@@ -16,7 +16,7 @@ from fast.linear import add_gradients_at_once
 from fast.logp import token_logits, token_logp
 from thoughts import QuietStar
 
-PROBE = 64  # tokens of text, at most, on which the two paths are compared
+PROBE = 64  # tokens on which the two paths are compared, beside those that a thought predicts
 # Relative differences that are rounding, of outputs and of gradients. In bfloat16, gradients were
 # up to 12 % apart on a model of 135 M parameters.
 TOLERANCE = {torch.float32: (1e-3, 1e-3), torch.bfloat16: (0.02, 0.3)}
@@ -48,13 +48,14 @@ def enter(
 ) -> type[torch.optim.Optimizer]:
     """`apply`, after a check that both paths agree on ids, targets [1, T].
 
-    The first PROBE tokens are used. Raises ValueError, and names the output or the gradient that
-    differs most, if the difference is more than rounding. (Compiled layers are not checked: they
-    are compiled from the same code.)
+    The first PROBE + A tokens are used. Raises ValueError, and names the output or the gradient
+    that differs most, if the difference is more than rounding. (Compiled layers are not checked:
+    they are compiled from the same code.)
     """
-    plain = probe(model, ids[:, :PROBE], targets[:, :PROBE])
+    few = slice(PROBE + model.config.n_true)
+    plain = probe(model, ids[:, few], targets[:, few])
     apply(model, checkpointing)
-    quick = probe(model, ids[:, :PROBE], targets[:, :PROBE])
+    quick = probe(model, ids[:, few], targets[:, few])
     found, tolerance = differences(plain, quick), TOLERANCE[model.start_embedding.dtype]
     if wrong := [name for name in found if not found[name] <= tolerance["gradient" in name]]:
         name = max(wrong, key=found.get)
@@ -78,17 +79,17 @@ def probe(model: QuietStar, ids: Tensor, targets: Tensor) -> dict[str, Tensor]:
     thoughts = ids[0, torch.randint(T, shape, generator=generator).to(device)]
     last = model.mixing_head[4].weight
     kept = last.detach().clone()
-    last.data.copy_(torch.randn(last.shape, generator=generator) / last.shape[1] ** 0.5)
-    output = model(ids, thoughts, positions, targets)
-    results = {
-        "base_nll": output.base_nll, "talk_nll": output.talk_nll, "weight": output.weight,
-        "thought_logp": output.thought_logp,
-    }  # fmt: skip
-    sum(value.mean() for value in results.values() if value.numel()).backward()
+    try:
+        last.data.copy_(torch.randn(last.shape, generator=generator) / last.shape[1] ** 0.5)
+        output = model(ids, thoughts, positions, targets, generator=generator)
+        names = "base_nll", "talk_nll", "weight", "thought_logp"
+        results = {name: getattr(output, name) for name in names}
+        sum(value.mean() for value in results.values() if value.numel()).backward()
+    finally:
+        last.data.copy_(kept)
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             results[f"the gradient of {name}"], parameter.grad = parameter.grad, None
-    last.data.copy_(kept)
     return {name: value.detach() for name, value in results.items()}
 
 

@@ -3,7 +3,7 @@
 A layer runs K + 2 times in a forward pass. Autograd adds up the gradients of these runs in a buffer
 of its own, and adds the buffer to .grad when the last one is there: a second copy of all gradients.
 Here the backward pass of each run adds to .grad in the same matrix product. torch.autograd.grad
-does not see such a gradient, and FSDP does not either, so several processes do without.
+does not see such a gradient. torch.compile cannot trace it, and breaks its graph here.
 """
 
 from functools import partial

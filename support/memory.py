@@ -135,6 +135,11 @@ def step_flops(shape: MistralConfig, thoughts: ThoughtConfig, T: int, J: int) ->
     return of_all_layers(shape, flops)
 
 
+def thinking(settings, thoughts: ThoughtConfig) -> int:
+    """J, the number of positions of a sequence that think."""
+    return settings.positions or settings.context - thoughts.n_true
+
+
 def memory_plan(
     shape: MistralConfig, thoughts: ThoughtConfig, settings, apply: Callable | None
 ) -> dict[str, float]:
@@ -144,23 +149,15 @@ def memory_plan(
     and 12 or 4 per bfloat16 weight, with or without float32 masters.
     """
     dtype, T = DTYPES[settings.dtype], settings.context
-    sequences, J = settings.micro_batch or settings.batch_size, settings.positions
+    sequences, J = settings.micro_batch or settings.batch_size, thinking(settings, thoughts)
     with torch.device("meta"):
         model = QuietStar(Mistral(shape).to(dtype), thoughts)
     weights = sum(p.nbytes for p in model.parameters())
     narrow = 12 if settings.masters else 4
-    J = J or T - thoughts.n_true
     kept = step_bytes(shape, thoughts, sequences, T, J, dtype, apply)
     state = sum(p.numel() * (8 if p.itemsize == 4 else narrow) for p in model.parameters())
     plan = {"weights": weights, "gradients": weights, "optimiser": state, "activations": kept}
     return plan | {"total": sum(plan.values())}
-
-
-def show_plan(plan: dict[str, float], free: float | None) -> str:
-    """A memory plan as a line, in GB."""
-    parts = ", ".join(f"{name} {size / GIGABYTE:.2f}" for name, size in plan.items())
-    has = "" if free is None else f"; the device has {free / GIGABYTE:.2f} free"
-    return f"memory plan (GB): {parts}{has}"
 
 
 LESS = [  # options of train.py that need less memory; the first ones change no result
@@ -173,10 +170,10 @@ LESS = [  # options of train.py that need less memory; the first ones change no 
 
 def advice(shape: MistralConfig, thoughts: ThoughtConfig, settings, fast_path, free: float) -> str:
     """Options with which a step fits into `free` bytes, and what it needs then."""
-    given = []
+    given, J = [], thinking(settings, thoughts)
     for option, change in LESS:
         change = {name: value for name, value in change.items() if getattr(settings, name) != value}
-        if not change or ((settings.positions or 33) <= 32 and "positions" in change):
+        if not change or change.get("positions", 0) >= J:
             continue
         settings, given = replace(settings, **change), [*given, option]
         total = memory_plan(shape, thoughts, settings, fast_path(settings))["total"]

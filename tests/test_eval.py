@@ -170,7 +170,8 @@ def test_text_nll_equals_thinking_slowly(length):
     ids = random_ids(1, length)[0]
     is_target = torch.ones(length, dtype=torch.bool)
     is_target[8] = False
-    base, talk, unsure = evaluation.text_nll(model, ids, is_target, context=6)
+    base, talk = evaluation.text_nll(model, ids, is_target, context=6)
+    unsure = evaluation.text_entropy(model.model, ids, is_target, context=6)
     expected_base, expected_talk, expected_unsure = [], [], []
     for start in (0, 6, 12):
         part = ids[start : start + 6]
@@ -188,7 +189,7 @@ def test_text_nll_equals_thinking_slowly(length):
 
 def test_entropy_of_a_bfloat16_model_is_computed_in_float32():
     model, ids = tiny_quiet_star().to(torch.bfloat16), random_ids(1, 9)
-    unsure = evaluation.text_nll(model, ids[0], torch.ones(9, dtype=torch.bool), 9)[2]
+    unsure = evaluation.text_entropy(model.model, ids[0], torch.ones(9, dtype=torch.bool), 9)
     logp = torch.log_softmax(model.model(ids)[0, :-1].double(), -1)
     assert (unsure + (logp.exp() * logp).sum(-1)).abs().max() < 1e-5
 

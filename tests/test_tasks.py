@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import refused
 from tiny import think_slowly, tiny_quiet_star
 
 import eval as evaluation
@@ -340,16 +341,6 @@ def run(folder, data_file, out, *more):
     evaluation.main(["--model", str(folder), *options, "--device", "cpu", *more])
 
 
-def refused(capsys, *arguments):
-    """What is said on standard error by a run that ends with exit code 2."""
-    with pytest.raises(SystemExit) as stopped:
-        run(*arguments)
-    assert stopped.value.code == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    return error
-
-
 def test_a_killed_run_continues_to_the_same_results(folder, five, tmp_path, monkeypatch, capsys):
     out = tmp_path / "new" / "out.jsonl"
     run(folder, five, out)
@@ -434,13 +425,13 @@ def test_a_file_of_something_else_is_refused(folder, five, tmp_path, capsys, con
     else:
         out.write_text(content)
     capsys.readouterr()
-    assert "; give another --out" in refused(capsys, folder, five, out, "--limit", "4")
+    assert "; give another --out" in refused(capsys, run, folder, five, out, "--limit", "4")
     assert out.read_text() == content
 
 
 def test_malformed_lines_are_refused(folder, five, tmp_path, capsys):
     five.write_text("[1]\n" + five.read_text())
-    assert f"{five.name}, line 1 " in refused(capsys, folder, five, tmp_path / "out.jsonl")
+    assert f"{five.name}, line 1 " in refused(capsys, run, folder, five, tmp_path / "out.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -454,7 +445,7 @@ def test_malformed_lines_are_refused(folder, five, tmp_path, capsys):
     ],
 )
 def test_bad_options(folder, five, tmp_path, capsys, options, message):
-    assert message in refused(capsys, folder, five, tmp_path / "out.jsonl", *options)
+    assert message in refused(capsys, run, folder, five, tmp_path / "out.jsonl", *options)
 
 
 def test_task_and_data_need_each_other(folder, capsys):

@@ -220,7 +220,7 @@ def perform(job: Job) -> Job:
         if before:  # nll of every target in nats, without and with thoughts
             text = corpus.make_corpus(0, HELD_OUT_LINES, train.EXPLAINED, held_out=True)
             tokens = tokenize([text], tokenizer)
-            *nlls, _ = evaluation.text_nll(model, tokens.ids, tokens.is_target, settings.context)
+            nlls = evaluation.text_nll(model, tokens.ids, tokens.is_target, settings.context)
             nll = {kind: x.tolist() for kind, x in zip(("without", "with"), nlls, strict=True)}
     result = {
         "table": {name: score._asdict() for name, score in table.items()},

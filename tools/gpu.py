@@ -1,4 +1,4 @@
-"""One page of what a GPU does: run this first where there is one. It takes about 15 minutes.
+"""One page of what a GPU does: run this first where there is one.
 
     python -m tools.gpu --out gpu.md
 
@@ -13,12 +13,14 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 import fast
 import train
+from fast.adamw import BFloat16AdamW
 from model import Mistral
 from sample import generate_steps
 from support import memory
@@ -49,9 +51,9 @@ def time_steps(device, settings: train.Settings, plain: bool, count: int) -> tup
     """Seconds of an optimiser step, the best of `count`, and the peak memory in bytes."""
     config = ThoughtConfig(init_id=0)
     model, work = make_model(device, config), plan.work_of(settings, config)
-    AdamW = fast.apply(model, settings.checkpointing, settings.compile, settings.masters)
-    if plain:  # the optimiser of fast/, and the rest as it stands
-        model = make_model(device, config)
+    AdamW = partial(BFloat16AdamW, masters=settings.masters)
+    if not plain:
+        AdamW = fast.apply(model, settings.checkpointing, settings.compile, settings.masters)
     optimizer = train.make_optimizer(model, settings, AdamW)
     generator, best = torch.Generator().manual_seed(0), float("inf")
     V = model.model.config.vocab_size
@@ -104,7 +106,7 @@ def step_rows(device: torch.device, count: int) -> list[str]:
 
 
 def generation_rows(device: torch.device, count: int) -> list[str]:
-    """Tokens per second, without thoughts, with one before every token, and where it is unsure."""
+    """Tokens per second of generation, without thoughts and with one before every token."""
     model = make_model(device, ThoughtConfig(init_id=0))
     ids = torch.randint(model.model.config.vocab_size, (1, 256)).to(device)
     rows = ["| generation, prompt of 256 tokens | tokens/s |", "|---|---|"]

@@ -19,7 +19,7 @@ import torch
 from model import MistralConfig
 from support.checkpoints import read_config
 from support.device import free_memory, pick_device
-from support.memory import advice, memory_plan, show_plan, step_flops
+from support.memory import GIGABYTE, advice, memory_plan, step_flops, thinking
 from support.settings import add_settings
 from support.terminal import execute, make_parser
 from thoughts import ThoughtConfig
@@ -44,8 +44,14 @@ class Work:
 
 def work_of(settings: Settings, thoughts: ThoughtConfig) -> Work:
     """The size of a step of Quiet-STaR."""
-    T = settings.context
-    return Work(settings.batch_size, T, settings.positions or T - thoughts.n_true)
+    return Work(settings.batch_size, settings.context, thinking(settings, thoughts))
+
+
+def show_plan(plan: dict[str, float], free: float | None) -> str:
+    """A memory plan as a line, in GB."""
+    parts = ", ".join(f"{name} {size / GIGABYTE:.2f}" for name, size in plan.items())
+    has = "" if free is None else f"; the device has {free / GIGABYTE:.2f} free"
+    return f"memory plan (GB): {parts}{has}"
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

@@ -154,6 +154,10 @@ def test_advice_fits(monkeypatch):
     few = train.Settings(context=68, batch_size=1, positions=20)
     line = memory.advice(SHAPE, THOUGHTS, few, train.fast_path, 10e9)
     assert line == "--micro-batch 1 --fast --checkpointing needs 10.0 GB"
+    short = train.Settings(context=18, batch_size=1)  # 16 positions: 32 are not advised
+    line = memory.advice(SHAPE, THOUGHTS, short, train.fast_path, 17e9)
+    expected = "--micro-batch 1 --fast --checkpointing --dtype bfloat16 --no-masters needs 16.0 GB"
+    assert line == expected
     monkeypatch.setattr(memory, "free_memory", lambda device: 100e9)
     with pytest.raises(ValueError, match=r"needs 512.0 GB and 100.0 are free on cpu: --micro-b"):
         memory.check_memory(*given, "cpu")

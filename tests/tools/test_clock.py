@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from commands import refused
 from test_tokenizer import CHAR_OF, write_json
 from tiny import tiny_mistral
 
@@ -67,15 +68,6 @@ def arguments(folder, tmp_path, *more):
     return [*options, *more, "--", "--steps", "2", "--batch-size", "2"]
 
 
-def refused(capsys, given):
-    """The one line of the error message for bad input."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        clock.main(given)
-    assert stopped.value.code == 2
-    return capsys.readouterr().err
-
-
 def test_four_ways(folder, tmp_path, monkeypatch, capsys):
     """On every tenth puzzle."""
     all_puzzles = corpus.all_puzzles
@@ -122,9 +114,9 @@ def test_four_ways(folder, tmp_path, monkeypatch, capsys):
     assert (out / "tables.md").read_text().splitlines() == table
     other_rate = [*arguments(folder, tmp_path, "--only", "none"), "--lr", "1"]
     for given in (arguments(folder, tmp_path, "--seed", "1"), other_rate):
-        assert "has other settings" in refused(capsys, given)
+        assert "has other settings" in refused(capsys, clock.main, given)
     shutil.copytree(folder, tmp_path / "other")
-    error = refused(capsys, arguments(tmp_path / "other", tmp_path))
+    error = refused(capsys, clock.main, arguments(tmp_path / "other", tmp_path))
     assert "works/settings.json has other settings" in error
 
 
@@ -137,11 +129,11 @@ def test_what_cannot_work_fails_before_training(folder, tmp_path, capsys):
         (["--seed", "-1", *given], "seed is -1"),
         (other, "nowhere does not exist"),
     ):
-        assert message in refused(capsys, bad)
+        assert message in refused(capsys, clock.main, bad)
         assert not (tmp_path / "out").exists()
 
 
 def test_the_hum_must_be_tokens(folder, tmp_path, capsys):
     save_byte_tokenizer(folder)
     save_mistral(tiny_mistral(V=258), folder)
-    assert "which must be 6" in refused(capsys, arguments(folder, tmp_path))
+    assert "which must be 6" in refused(capsys, clock.main, arguments(folder, tmp_path))

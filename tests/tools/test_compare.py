@@ -8,6 +8,7 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
+from commands import refused
 from tiny import random_ids, think_slowly, tiny_quiet_star
 
 from model import save_mistral
@@ -36,14 +37,6 @@ def arguments(files, out, *more, seeds=2, limit=3, training=TRAINING):
     options = ["--checkpoint", str(files[1]), "--data", *files[2], "--device", "cpu"]
     options += ["--out", str(out), "--gsm8k", files[2][1], "--limit", str(limit), *more]
     return ["--seeds", str(seeds), *options, "--", *training.split()]
-
-
-def refused(capsys, given):
-    """The one line of the error message for bad input."""
-    with pytest.raises(SystemExit) as stopped:
-        compare.main(given)
-    assert stopped.value.code == 2
-    return capsys.readouterr().err
 
 
 def test_the_last_tenth_is_held_out(files):
@@ -265,10 +258,12 @@ def test_batches_are_the_same_and_reinforce_has_a_part_in_one(finished):
 
 
 def test_a_comparison_keeps_its_settings(files, finished, tmp_path, capsys):
-    error = refused(capsys, arguments(files, finished[0], training="--steps 9"))
+    error = refused(capsys, compare.main, arguments(files, finished[0], training="--steps 9"))
     assert "seed0/none/settings.json has other settings (" in error
     (tmp_path / "other.txt").write_text("Another line.\n" * 20)
-    error = refused(capsys, arguments(files, finished[0], "--data", str(tmp_path / "other.txt")))
+    error = refused(
+        capsys, compare.main, arguments(files, finished[0], "--data", str(tmp_path / "other.txt"))
+    )
     assert "train.jsonl is of other --data" in error
 
 
@@ -288,7 +283,9 @@ def test_a_comparison_keeps_its_settings(files, finished, tmp_path, capsys):
 def test_what_cannot_work_fails_before_training(tmp_path, files, capsys, more, training, message):
     (tmp_path / "short.txt").write_text("One line.")
     more = [option.replace("SHORT", str(tmp_path / "short.txt")) for option in more]
-    error = refused(capsys, arguments(files, tmp_path / "out", *more, training=training))
+    error = refused(
+        capsys, compare.main, arguments(files, tmp_path / "out", *more, training=training)
+    )
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()

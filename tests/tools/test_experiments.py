@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from commands import refused
 from test_train import losses
 from tiny import random_ids, tiny_quiet_star
 
@@ -64,15 +65,6 @@ def copied(finished, tmp_path):
     """A copy of it, and the arguments that made "full"."""
     out = shutil.copytree(finished, tmp_path / "copied")
     return out, ["--out", str(out), "--seeds", "1", "--only", "full"]
-
-
-def refused(capsys, arguments):
-    """The one line of the error message for bad input."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        experiments.main(arguments)
-    assert stopped.value.code == 2
-    return capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------ the controls
@@ -218,7 +210,7 @@ def test_results_of_another_start_or_loss_are_not_mixed_in(
 ):
     other = experiments.EXPERIMENTS["full"]._replace(**changed)
     monkeypatch.setitem(experiments.EXPERIMENTS, "full", other)
-    error = refused(capsys, copied[1])
+    error = refused(capsys, experiments.main, copied[1])
     assert f"has other settings ({next(iter(changed))} " in error
 
 
@@ -340,7 +332,7 @@ def test_tables_by_hand():
     ],
 )
 def test_bad_input(tmp_path, capsys, options, message):
-    assert message in refused(capsys, ["--out", str(tmp_path), *options])
+    assert message in refused(capsys, experiments.main, ["--out", str(tmp_path), *options])
 
 
 def test_a_run_begun_with_other_settings_is_not_continued(copied, small, monkeypatch, capsys):
@@ -348,11 +340,11 @@ def test_a_run_begun_with_other_settings_is_not_continued(copied, small, monkeyp
     (out / "seed0" / "full.json").unlink()  # as if it had been stopped
     changed = experiments.Experiment("x", {"n_true": 1})
     monkeypatch.setitem(experiments.EXPERIMENTS, "full", changed)
-    error = refused(capsys, arguments)
+    error = refused(capsys, experiments.main, arguments)
     assert "seed0/full/settings.json has other settings (n_true 2)" in error
 
 
 def test_results_of_other_settings_are_not_mixed_in(copied, small, monkeypatch, capsys):
     monkeypatch.setattr(train, "BUILT_IN", TINY | {"lr": 2e-3})
     for arguments in (copied[1], [*copied[1], "--seeds", "0"]):
-        assert "has other settings (lr 0.001)" in refused(capsys, arguments)
+        assert "has other settings (lr 0.001)" in refused(capsys, experiments.main, arguments)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import refused
 
 from support.files import read_json, write_json
 from support.text import read_documents, read_tokens, tokenize
@@ -54,17 +55,6 @@ def run(folder, *data, options=(), tokenizer=MISTRAL):
     out = str(folder / "out")
     prepare.main(["--data", *map(str, data), "--checkpoint", tokenizer, "--out", out, *options])
     return folder / "out"
-
-
-def refused(capsys, *arguments, **named):
-    """The one line of the error message for bad input."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        run(*arguments, **named)
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2
-    assert error.count("\n") == 1
-    return error
 
 
 def check_tokens(folder, documents, tokenizer=MISTRAL):
@@ -163,7 +153,7 @@ def test_zstandard(tmp_path, in_place, capsys):
     check_tokens(run(tmp_path, file), [f"{n} {PROSE}" for n in range(30)])
     for broken, message in ((packed[:-9], "the file is truncated"), (b"nonsense", "cannot read")):
         file.write_bytes(broken)
-        assert message in refused(capsys, tmp_path, file, options=["--rebuild"])
+        assert message in refused(capsys, run, tmp_path, file, options=["--rebuild"])
 
 
 def test_parquet(tmp_path, in_place, capsys):
@@ -175,10 +165,10 @@ def test_parquet(tmp_path, in_place, capsys):
     manifest = check_tokens(run(tmp_path, file), ["one", "two"])
     assert manifest["flaws"] == {"no_text": 1}
     assert "its columns are text, id; choose with --field" in refused(
-        capsys, tmp_path, file, options=["--field", "text", "body", "--rebuild"]
+        capsys, run, tmp_path, file, options=["--field", "text", "body", "--rebuild"]
     )
     file.write_bytes(b"nonsense")
-    assert f"cannot read {file}" in refused(capsys, tmp_path, file, options=["--rebuild"])
+    assert f"cannot read {file}" in refused(capsys, run, tmp_path, file, options=["--rebuild"])
 
 
 @pytest.mark.parametrize(("suffix", "package"), [("zst", "zstandard"), ("parquet", "pyarrow")])
@@ -187,7 +177,7 @@ def test_a_missing_package_is_told_before_anything_is_read(
 ):
     monkeypatch.setattr(prepare, "find_spec", lambda name: None)
     (tmp_path / f"a.{suffix}").write_bytes(b"")
-    assert f"pip install {package}" in refused(capsys, tmp_path, tmp_path / f"a.{suffix}")
+    assert f"pip install {package}" in refused(capsys, run, tmp_path, tmp_path / f"a.{suffix}")
 
 
 @pytest.mark.parametrize(
@@ -228,7 +218,7 @@ def test_flaws_are_reported_and_refused_only_with_strict(tmp_path, in_place, cap
     told = [line for line in capsys.readouterr().err.splitlines() if name in line]
     assert len(told) == 1
     assert message in told[0]
-    error = refused(capsys, tmp_path, file, options=["--strict", "--rebuild"])
+    error = refused(capsys, run, tmp_path, file, options=["--strict", "--rebuild"])
     assert name in error
     assert "--strict" in error
     assert (tmp_path / "out" / "manifest.json").exists()  # nothing is lost
@@ -245,23 +235,23 @@ def test_folder_is_used_again_and_refused_when_something_changed(tmp_path, in_pl
     assert (out / "tokens.bin").stat().st_mtime_ns == before
     save_byte_tokenizer(tmp_path)
     other = str(tmp_path / "tokenizer.json")
-    assert "tokenizer had [" in refused(capsys, tmp_path, *files, tokenizer=other)
+    assert "tokenizer had [" in refused(capsys, run, tmp_path, *files, tokenizer=other)
     assert "field had None, now ['x']" in refused(
-        capsys, tmp_path, *files, options=["--field", "x"]
+        capsys, run, tmp_path, *files, options=["--field", "x"]
     )
-    assert f"sources had ['{files[0]}'" in refused(capsys, tmp_path, *reversed(files))
-    assert f"sources had ['{files[1]}'" in refused(capsys, tmp_path, files[0])
+    assert f"sources had ['{files[0]}'" in refused(capsys, run, tmp_path, *reversed(files))
+    assert f"sources had ['{files[1]}'" in refused(capsys, run, tmp_path, files[0])
     files[0].write_text("edited")
-    error = refused(capsys, tmp_path, *files)
+    error = refused(capsys, run, tmp_path, *files)
     assert f"sources had ['{files[0]}', {len(PROSE.encode())}, " in error
     assert f"now ['{files[0]}', 6, " in error
     assert "--rebuild replaces it" in error
     run(tmp_path, *files, options=["--rebuild"])
     check_tokens(out, read_documents(files))
     (out / "tokens.bin").write_bytes(b"damaged")
-    assert "sha256 had {" in refused(capsys, tmp_path, *files)
+    assert "sha256 had {" in refused(capsys, run, tmp_path, *files)
     os.utime(files[1], ns=(1, 1))
-    assert f"now ['{files[1]}', " in refused(capsys, tmp_path, *files)
+    assert f"now ['{files[1]}', " in refused(capsys, run, tmp_path, *files)
 
 
 def test_a_killed_run_leaves_no_corpus(tmp_path, in_place):
@@ -322,13 +312,13 @@ def test_bad_input(tmp_path, capsys, in_place):
         (tmp_path / "cut.gz", "cannot read"),
         (tmp_path / "array.json", "array.json: it is a JSON array; write one object per line"),
     ):
-        assert message in refused(capsys, tmp_path, source)
+        assert message in refused(capsys, run, tmp_path, source)
         assert not list(tmp_path.glob("out*"))
     for workers in ("0", "-1", "2147483648"):
-        error = refused(capsys, tmp_path, text, options=["--workers", workers])
+        error = refused(capsys, run, tmp_path, text, options=["--workers", workers])
         assert f"--workers is {workers}; it must be between 1 and " in error
     shutil.copytree(tmp_path / "folder", tmp_path / "out")
     (tmp_path / "out" / "mine.txt").write_text("precious")
-    error = refused(capsys, tmp_path, text, options=["--rebuild"])
+    error = refused(capsys, run, tmp_path, text, options=["--rebuild"])
     assert "holds other files than prepared text" in error
     assert (tmp_path / "out" / "mine.txt").exists()

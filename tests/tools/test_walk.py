@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from commands import refused
 from tiny import random_ids, tiny_quiet_star
 
 from model import save_mistral
@@ -23,14 +24,9 @@ def folder(tmp_path):
     return tmp_path
 
 
-def refused(capsys, folder, *options):
-    """The one line of the error message for bad input."""
-    with pytest.raises(SystemExit) as stopped:
-        walk.main(["--model", str(folder), "--text", TEXT, *options])
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2
-    assert error.count("\n") == 1
-    return error
+def refused_on(capsys, folder, *options):
+    """The one line of the error message about a model and TEXT."""
+    return refused(capsys, walk.main, ["--model", str(folder), "--text", TEXT, *options])
 
 
 def numbers(text, label):
@@ -149,7 +145,7 @@ def test_bad_input(folder, tmp_path, capsys, options, message):
         save_mistral(tiny_quiet_star(V=258).model, tmp_path / "plain")
         save_byte_tokenizer(tmp_path / "plain")
         folder = tmp_path / "plain"
-    assert message in refused(capsys, folder, *options)
+    assert message in refused_on(capsys, folder, *options)
 
 
 @pytest.mark.parametrize("weight", ["model.lm_head.weight", "end_embedding"])
@@ -160,7 +156,7 @@ def test_logits_that_are_not_finite_are_refused(tmp_path, capsys, weight):
     save_quiet_star(model, tmp_path)
     save_byte_tokenizer(tmp_path)
     for options in ([], ["--position", "2"]):
-        assert "the logits are not finite" in refused(capsys, tmp_path, *options)
+        assert "the logits are not finite" in refused_on(capsys, tmp_path, *options)
 
 
 def test_the_text_is_two_lines_of_the_built_in_corpus():
