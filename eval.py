@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model import Mistral, check_at_least
+from model import Mistral, check_range
 from sample import Model, check_finite, entropy, generate, predict, read_ids, write
 from support import corpus
 from support.checkpoints import load
@@ -465,7 +465,8 @@ def run(options: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} means nothing without --{of[name]}")
     if options.task and (options.data is None or options.text):
         raise ValueError("--task needs --data, the file of its questions, and no --text")
-    check_at_least(options, context=2, max_tokens=2, limit=1)
+    check_range(options, 1, math.inf, "limit")
+    check_range(options, 2, math.inf, "context", "max_tokens")
     device, folder, task = pick_device(options.device), options.model, options.task
     model, tokenizer = load(folder, device, DTYPES.get(options.dtype))
     if task:

@@ -1,9 +1,8 @@
 """A Mistral-compatible transformer in plain PyTorch.
 
 The architecture is Mistral 7B (Jiang et al. 2023, arXiv 2310.06825): RMSNorm, rotary
-position embeddings, grouped-query attention with a sliding window, SwiGLU. Three switches cover
-its relatives: scaled rotary positions (Llama 3.1), biases on q, k and v (Qwen2), norms on q and k
-(Qwen3).
+position embeddings, grouped-query attention with a sliding window, SwiGLU. Two switches cover its
+relatives: biases on q, k and v (Qwen2), norms on q and k (Qwen3).
 
 A cache decides which keys a query attends to: KVCache for text, ThoughtCache (thoughts.py) for
 thoughts. Layers and the loop over layers are the same for both.
@@ -35,27 +34,13 @@ from torch import Tensor, nn
 ACTIVATION = F.silu  # of the MLP; config.json stores its name as hidden_act
 
 
-def check_at_least(settings: object, **least: float) -> None:
-    """Raise ValueError if a setting is below its minimum. None is allowed."""
-    for name, smallest in least.items():
+def check_range(settings: object, low: float, high: float, *names: str) -> None:
+    """Raise ValueError if one of the named settings is not in low .. high. None is allowed."""
+    for name in names:
         value = getattr(settings, name)
-        if value is not None and not value >= smallest:  # "not >=": NaN is refused too
-            raise ValueError(f"{name} is {value}; it must be at least {smallest}")
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Scaled rotary positions of Llama 3.1, which extend a model to longer texts."""
-
-    factor: float  # low frequencies are divided by this
-    low_freq_factor: float  # rotations over the original length up to which a frequency is low
-    high_freq_factor: float  # rotations from which it is kept
-    original_max_position_embeddings: int  # the original length, in tokens
-    rope_type: str = "llama3"
-
-    def __post_init__(self):
-        check_at_least(self, factor=1, low_freq_factor=0, original_max_position_embeddings=1)
-        check_at_least(self, high_freq_factor=self.low_freq_factor + 1e-6)
+        if value is not None and not low <= value <= high:  # NaN is refused too
+            allowed = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+            raise ValueError(f"{name} is {value}; it must be {allowed}")
 
 
 @dataclass(frozen=True)
@@ -76,40 +61,29 @@ class MistralConfig:
     max_position_embeddings: int = 32768  # not used by the model; kept for other tools
     bos_token_id: int | None = None  # not used by the model; kept for the tokenizer
     eos_token_id: int | list[int] | None = None  # not used by the model; kept for the tokenizer
-    rope_scaling: RopeScaling | None = None
     model_type: str = "mistral"  # or llama, qwen2, qwen3
 
     def __post_init__(self):
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         if self.head_dim is None:
             object.__setattr__(self, "head_dim", self.hidden_size // max(heads, 1))
-        for name in [field.name for field in fields(self)[:7]]:  # sizes of weights fit into int64
-            if not 1 <= getattr(self, name) <= 2**20:
-                raise ValueError(f"{name} is {getattr(self, name)}; allowed are 1 to {2**20}")
+        sizes = [field.name for field in fields(MistralConfig)[:7]]
+        check_range(self, 1, 2**20, *sizes)  # the numbers of weights fit into int64
         if heads % kv_heads or self.head_dim % 2:
             raise ValueError(
                 f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads "
                 f"({kv_heads}), and head_dim ({self.head_dim}) must be even"
             )
-        check_at_least(self, sliding_window=1, rms_norm_eps=1e-12, rope_theta=1e-3)
-        eos = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
-        for token in filter(None, [self.bos_token_id, *eos]):
-            if not 0 <= token < self.vocab_size:
-                raise ValueError(f"bos_token_id or eos_token_id is {token}; it is no token")
+        check_range(self, 1, math.inf, "sliding_window")
+        check_range(self, 1e-12, math.inf, "rms_norm_eps", "rope_theta")
+
+    def frequencies(self, device: torch.device) -> Tensor:
+        """The rotary frequencies [Dh/2] of the pairs of a head, in radians per position."""
+        pairs = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device)
+        return self.rope_theta ** (-pairs / self.head_dim)
 
 
 # ---------------------------------------------------------------------------------- attention
-
-
-def scale_frequencies(inv_freq: Tensor, scaling: RopeScaling) -> Tensor:
-    """Llama 3.1: divide low frequencies by `factor`, keep high ones, interpolate between them.
-
-    inv_freq [Dh/2], in radians per position -> the same shape.
-    """
-    rotations = scaling.original_max_position_embeddings * inv_freq / (2 * math.pi)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    kept = ((rotations - low) / (high - low)).clamp(0, 1)
-    return inv_freq * (kept + (1 - kept) / scaling.factor)
 
 
 def rotary_tables(positions: Tensor, config: MistralConfig, dtype: torch.dtype) -> Tensor:
@@ -117,11 +91,7 @@ def rotary_tables(positions: Tensor, config: MistralConfig, dtype: torch.dtype) 
 
     Angles are computed in float32. bfloat16 would round positions near 4,000 to multiples of 16.
     """
-    pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device)
-    inv_freq = config.rope_theta ** (-pairs / config.head_dim)  # [Dh/2] radians per position
-    if config.rope_scaling:
-        inv_freq = scale_frequencies(inv_freq, config.rope_scaling)
-    angles = positions.float()[:, None] * inv_freq  # [T, Dh/2]
+    angles = positions.float()[:, None] * config.frequencies(positions.device)  # [T, Dh/2]
     angles = torch.cat([angles, angles], dim=-1)  # [T, Dh] the same for both halves of a head
     return torch.stack([angles.cos(), angles.sin()]).to(dtype)
 
@@ -265,11 +235,11 @@ class Mistral(nn.Module):
         V, D = config.vocab_size, config.hidden_size
         self.embed_tokens = nn.Embedding(V, D, _weight=torch.empty(V, D))  # initialised below
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.norm = nn.RMSNorm(D, config.rms_norm_eps)
+        self.lm_head = nn.Linear(D, V, bias=False)
         for parameter in self.parameters():
             if parameter.dim() > 1 and not parameter.is_meta:
-                nn.init.normal_(parameter, std=config.hidden_size**-0.5)
+                nn.init.normal_(parameter, std=D**-0.5)
         self.tie_head()
 
     def tie_head(self) -> None:
@@ -381,10 +351,5 @@ def save_mistral(model: Mistral, folder: str | Path) -> None:
         "hidden_act": ACTIVATION.__name__,
         "torch_dtype": str(model.lm_head.weight.dtype).removeprefix("torch."),
     }
-    if config.model_type.startswith("qwen"):
-        metadata |= {
-            "use_sliding_window": config.sliding_window is not None,
-            "max_window_layers": 0,
-        }
     text = json.dumps(metadata | asdict(config), indent=2)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")

@@ -55,7 +55,7 @@ from model import (
     KVCache,
     Mistral,
     assign_weights,
-    check_at_least,
+    check_range,
     in_window,
     load_mistral,
     read_tensors,
@@ -82,16 +82,14 @@ class ThoughtConfig:
     drop_negative: bool = True  # learn only from thoughts that beat the mean of their position
 
     def __post_init__(self):
-        check_at_least(self, n_thoughts=1, thought_length=0, n_true=1, policy_weight=0)
-        check_at_least(self, embedding_scale=1e-9, reinforce_temperature=1e-9, base_weight=0)
-        check_at_least(self, start_id=0, end_id=0, init_id=0)
-        for name in ("n_thoughts", "thought_length", "n_true"):
-            if getattr(self, name) > 10_000:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at most 10000")
+        check_range(self, 1, 10_000, "n_thoughts", "n_true")
+        check_range(self, 0, 10_000, "thought_length")
+        check_range(self, 0, 1, "base_weight")
+        check_range(self, 0, math.inf, "start_id", "end_id", "init_id")
+        check_range(self, 0, 1e9, "policy_weight")
+        check_range(self, 1e-9, 1e9, "embedding_scale", "reinforce_temperature")
         if self.start_id is not None and self.start_id == self.end_id:
             raise ValueError(f"start_id and end_id are both {self.start_id}")
-        if self.base_weight > 1:
-            raise ValueError(f"base_weight is {self.base_weight}; it must be between 0 and 1")
 
     @property
     def reinforce_weight(self) -> float:
@@ -193,11 +191,12 @@ class ThoughtCache:
         """
         # b: sequences, h: key heads, i: thoughts, g: the H / Hkv query heads of a key head,
         # n: steps of the queries, t: text keys, s: steps of the own keys, d: head size
-        q = q.unflatten(1, (k.shape[1], -1)).transpose(2, 3).contiguous()  # [B, Hkv, NJ, G, n, Dh]
+        q = q.unflatten(1, (k.shape[1], -1)).transpose(2, 3)  # [B, Hkv, NJ, G, n, Dh]
+        q = q / math.sqrt(q.shape[-1])
         to_text = einsum("bhignd,bhtd->bhignt", q, text_k)  # the same keys for all thoughts
         to_own = einsum("bhignd,bhisd->bhigns", q, k)  # every thought's own keys
-        scores = torch.cat([to_text, to_own], dim=-1) / math.sqrt(q.shape[-1])
-        scores = scores + bias.unsqueeze(-3)  # the same for all heads
+        scores = torch.cat([to_text, to_own], dim=-1)
+        scores += bias.unsqueeze(-3)  # the same for all heads
         p = scores.softmax(-1, dtype=torch.float32).to(q.dtype)  # one softmax over both
         p_text, p_own = p.split([text_k.shape[2], k.shape[3]], dim=-1)
         out = einsum("bhignt,bhtd->bhignd", p_text, text_v)
@@ -241,9 +240,7 @@ def sample_tokens(logits: Tensor, uniform: Tensor) -> Tensor:
     """
     p = torch.softmax(logits.detach(), dim=-1)
     cdf = p.cumsum(-1)
-    point = (
-        uniform[..., None] * cdf[..., -1:]
-    )  # less than the sum: torch.rand is at most 1 - 2**-24
+    point = uniform[..., None] * cdf[..., -1:]  # below the sum: torch.rand is below 1
     token = torch.searchsorted(cdf, point, right=True)  # [..., 1]
     # A parallel cumsum on a GPU may select a token of probability 0: take the argmax instead.
     possible = p.gather(-1, token.clamp(max=p.shape[-1] - 1)) > 0
@@ -329,9 +326,7 @@ class QuietStar(nn.Module):
         positions = positions.to(ids.device)
 
         text = KVCache(self.model.config)
-        h_init = self.model.run(
-            self.model.embed_tokens(ids), text
-        )  # 1 base, section 4.1: [B, T, D]
+        h_init = self.model.run(self.model.embed_tokens(ids), text)  # [B, T, D] 1 base, section 4.1
         logits = self.token_logits(widen(h_init[:, :-1]), self.model.lm_head.weight)
         base_nll = -self.token_logp(logits, ids[:, 1:]) * target_mask[:, 1:]  # [B, T-1]
 
@@ -356,7 +351,7 @@ class QuietStar(nn.Module):
         token = torch.full(uniform.shape[:3], self.start_id, device=uniform.device)  # [B, N, J]
         thought, logp = [token.new_empty(*token.shape, 0)], [uniform[..., :0]]  # for K = 0
         for k in range(self.config.thought_length):
-            h = self.read(token[..., None], cache)[..., 0, :]  # [B, N, J, D]
+            h = self.read(self.embed_thought(token[..., None]), cache)[..., 0, :]  # [B, N, J, D]
             logits = self.token_logits(h, self.model.lm_head.weight, self.excluded)  # [B, N, J, V]
             if forced is not None:
                 token = forced[..., k]
@@ -386,7 +381,9 @@ class QuietStar(nn.Module):
         a = torch.arange(self.config.n_true, device=ids.device)  # 0 .. A-1
         ahead = (positions[:, None] + a).clamp(max=T - 2)  # [J, A] j + a
         true = ids[:, None, ahead + 1].expand(*shape[:3], -1)  # [B, N, J, A] x_{j+1+a}
-        h = self.read(torch.cat([t_K, end, true[..., :-1]], dim=-1), cache)
+        thought = self.embed_thought(torch.cat([t_K, end], dim=-1))  # [B, N, J, 2, D]
+        truth = self.model.embed_tokens(true[..., :-1])  # [B, N, J, A-1, D]
+        h = self.read(torch.cat([thought, truth], dim=-2), cache)  # [B, N, J, A+1, D]
         h_thought = h[..., 1:, :]  # [B, N, J, A, D] h_thought_{j,a}, section 4.4
         h_ahead = h_init[:, None, ahead].expand_as(h_thought)  # h_init_{j+a}
         w = self.mixing_weight(h_ahead, h_thought)  # [B, N, J, A] w_{j,a}, section 4.3
@@ -395,12 +392,11 @@ class QuietStar(nn.Module):
         nll = -self.token_logp(logits, true)  # - log p_talk_{j,a}(x_{j+1+a})
         return nll.movedim(-1, 0), w.movedim(-1, 0)
 
-    def read(self, token: Tensor, cache: ThoughtCache) -> Tensor:
-        """All thoughts read their next n tokens [B, N, J, n] -> hidden states [B, N, J, n, D]."""
-        steps = cache.length + 1 + torch.arange(token.shape[-1], device=token.device)  # [n]
-        x = self.embed_thought(token).flatten(1, 3)  # [B, NJ * n, D]
+    def read(self, x: Tensor, cache: ThoughtCache) -> Tensor:
+        """All thoughts read their next n tokens: embeddings x [B, N, J, n, D] -> hidden states."""
+        steps = cache.length + 1 + torch.arange(x.shape[3], device=x.device)  # [n]
         positions = (cache.origin[:, None] + steps).flatten()  # [NJ * n] j + step
-        return self.model.run(x, cache, positions).unflatten(1, token.shape[1:])
+        return self.model.run(x.flatten(1, 3), cache, positions).unflatten(1, x.shape[1:4])
 
     def embed_thought(self, ids: Tensor) -> Tensor:
         """Embeddings [..., D] of a thought's tokens ids [...]: ordinary tokens, start or end.

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import eval as evaluation
-from model import Mistral, MistralConfig, check_at_least, load_mistral
+from model import Mistral, MistralConfig, check_range, load_mistral
 from support import corpus, runs
 from support.checkpoints import load, read_config, read_thought_config
 from support.device import DTYPES, pick_device
@@ -83,13 +83,13 @@ class Settings:
     work: float = corpus.WORK  # built-in corpus: share of asides that work; the others hum
 
     def __post_init__(self):
-        check_at_least(self, steps=1, batch_size=1, micro_batch=1, positions=1, context=2, seed=0)
-        check_at_least(self, warmup=0, save_every=1, lr=0, mixing_lr=0, weight_decay=0, clip=1e-9)
-        check_at_least(self, cooldown=0, base_steps=0, work=0, keep=0)
-        check_at_least(self, eval_every=1, eval_sequences=1)
-        for name in ("cooldown", "work"):
-            if getattr(self, name) > 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be between 0 and 1")
+        check_range(self, 1, math.inf, "steps", "batch_size", "micro_batch", "positions")
+        check_range(self, 1, math.inf, "save_every", "eval_every", "eval_sequences")
+        check_range(self, 2, math.inf, "context")
+        check_range(self, 0, math.inf, "seed", "warmup", "base_steps", "keep")
+        check_range(self, 0, 100, "lr", "mixing_lr", "weight_decay")
+        check_range(self, 1e-9, math.inf, "clip")
+        check_range(self, 0, 1, "cooldown", "work")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype}; it must be {' or '.join(DTYPES)}")
         if not self.fast and (self.checkpointing or self.compile or self.dtype == "bfloat16"):

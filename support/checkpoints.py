@@ -11,7 +11,7 @@ in model.py is refused, because the checkpoint would load and give wrong results
 
 import math
 import sys
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NoReturn
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import model as core
-from model import ACTIVATION, Mistral, MistralConfig, RopeScaling, build
+from model import ACTIVATION, Mistral, MistralConfig, build, check_range
 from support.device import free_memory
 from support.files import hub_hint, read_json, short
 from support.settings import settings_from
@@ -56,6 +56,41 @@ CONSOLIDATED = {  # the same for the parts of a tensor's name
 SPARE_ROWS = 512  # embeddings beyond the tokenizer's tokens; Qwen has 400
 
 
+@dataclass(frozen=True)
+class RopeScaling:
+    """Scaled rotary positions of Llama 3.1, which extend a model to longer texts."""
+
+    factor: float  # low frequencies are divided by this
+    low_freq_factor: float  # rotations over the original length up to which a frequency is low
+    high_freq_factor: float  # rotations from which it is kept
+    original_max_position_embeddings: int  # the original length, in tokens
+    rope_type: str = "llama3"
+
+    def __post_init__(self):
+        check_range(self, 1, math.inf, "factor", "original_max_position_embeddings")
+        check_range(self, 0, math.inf, "low_freq_factor")
+        check_range(self, self.low_freq_factor + 1e-6, math.inf, "high_freq_factor")
+
+
+@dataclass(frozen=True)
+class FamilyConfig(MistralConfig):
+    """The config of a relative of Mistral: with scaled rotary positions, or a Llama or Qwen."""
+
+    rope_scaling: RopeScaling | None = None
+    use_sliding_window: bool = False  # for other tools, which need it to apply sliding_window
+    max_window_layers: int = 0  # for other tools: no layer is without the window
+
+    def frequencies(self, device: torch.device) -> Tensor:
+        """Llama 3.1: divide low frequencies by `factor`, keep high ones, interpolate between."""
+        inv_freq, scaling = super().frequencies(device), self.rope_scaling  # [Dh/2]
+        if scaling is None:
+            return inv_freq
+        rotations = scaling.original_max_position_embeddings * inv_freq / (2 * math.pi)
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        kept = ((rotations - low) / (high - low)).clamp(0, 1)
+        return inv_freq * (kept + (1 - kept) / scaling.factor)
+
+
 def read_config(folder: str | Path) -> MistralConfig:
     """The config of a checkpoint, from its config.json or else its params.json.
 
@@ -64,10 +99,12 @@ def read_config(folder: str | Path) -> MistralConfig:
     folder = Path(folder)
     for name, translate in (("config.json", from_config_json), ("params.json", from_params_json)):
         if (path := folder / name).is_file():
-            values = translate(read_json(path), path)
+            values, kind = translate(read_json(path), path), MistralConfig
             if scaling := values.get("rope_scaling"):
                 values["rope_scaling"] = config_from(RopeScaling, scaling, path)
-            return config_from(MistralConfig, values, path)
+            if scaling or values.get("model_type", "mistral") != "mistral":
+                kind = FamilyConfig
+            return config_from(kind, values, path)
     inside = [path.parent.name for path in sorted(folder.glob("*/config.json"))]
     hint = f"; do you mean {' or '.join(inside)} in it?" if inside else hub_hint(folder)
     raise ValueError(f"{folder} is not a checkpoint: no config.json or params.json in it{hint}")
@@ -124,6 +161,7 @@ def from_config_json(raw: dict, path: Path) -> dict:
     elif window and (first or family == "llama"):
         refuse(path, "sliding_window", window)
     raw |= {"sliding_window": window, "rope_scaling": rope if scaled == "llama3" else None}
+    raw |= {"use_sliding_window": window is not None, "max_window_layers": 0}
     if raw.get("num_key_value_heads") is None:
         raw["num_key_value_heads"] = raw.get("num_attention_heads")
     return raw

@@ -1,7 +1,6 @@
 """The transformer against recorded logits; loading and saving a Hugging Face folder."""
 
 import json
-import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +14,8 @@ from model import (
     KVCache,
     Mistral,
     MistralConfig,
-    RopeScaling,
     rotary_tables,
     save_mistral,
-    scale_frequencies,
 )
 from support.checkpoints import load_any
 
@@ -80,16 +77,6 @@ def test_saved_config_is_the_familys(name, tmp_path):
         assert saved[key] == original[key], key
     assert not saved.get("use_sliding_window")
     assert saved["sliding_window"] is None
-
-
-def test_stretched_rotary_positions_by_hand():
-    """Wavelengths of 10, 80 and 20 positions against the 40 of the first learned length.
-
-    That is 4, 0.5 and 2 turns: kept, slowed by 8, and between, with (2 - 1) / (4 - 1) of it kept.
-    """
-    inv_freq = 2 * math.pi / torch.tensor([10.0, 80.0, 20.0, 5.0])  # the last: 8 turns, kept
-    ratio = scale_frequencies(inv_freq, RopeScaling(8.0, 1.0, 4.0, 40)) / inv_freq
-    assert (ratio - torch.tensor([1, 1 / 8, 1 / 3 + 2 / 3 / 8, 1])).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("window", [None, 5, 10])

@@ -1,13 +1,14 @@
 """Paper, section 4.2: all thoughts in parallel are the thoughts one would have one at a time."""
 
 import itertools
-from dataclasses import replace
+from dataclasses import asdict
 
 import pytest
 import torch
 from tiny import random_ids, think_slowly, tiny_quiet_star
 
-from model import KVCache, Mistral, MistralConfig, RopeScaling, in_window
+from model import KVCache, Mistral, MistralConfig, in_window
+from support.checkpoints import FamilyConfig, RopeScaling
 from thoughts import QuietStar, ThoughtConfig, thought_mask
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -16,8 +17,9 @@ CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("window", [None, 5, 2, 1])
 @pytest.mark.parametrize("positions", [None, [0, 3, 4, 9, 10]])
 def test_parallel_equals_one_at_a_time(window, positions):
-    model = tiny_quiet_star(window=window)
-    ids = random_ids(2, 12)
+    """Also where the text holds the ids of start and end: there they are ordinary tokens."""
+    model, ids = tiny_quiet_star(window=window, start_id=3, end_id=4), random_ids(2, 12)
+    ids[0, [1, 4, 9]], ids[0, [5, 10]] = 3, 4
     positions = None if positions is None else torch.tensor(positions)
     output = model(ids, positions=positions, temperature=0)
     assert output.thought_ids.shape == (2, 3, len(output.positions), 3)
@@ -40,7 +42,7 @@ def test_families_think_one_at_a_time_too(family):
     model = tiny_quiet_star()
     scaling = RopeScaling(8.0, 1.0, 4.0, 16)
     changes = {"model_type": family, "rope_scaling": scaling, "sliding_window": 6}
-    model.model = Mistral(replace(model.model.config, **changes))
+    model.model = Mistral(FamilyConfig(**asdict(model.model.config) | changes))
     for parameter in model.model.parameters():
         if parameter.dim() == 1:  # biases and norms begin at 0 and 1
             torch.nn.init.normal_(parameter)

@@ -1,6 +1,7 @@
 """The training loop: resuming, splitting batches, repeating a seed, refusing what cannot work."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -504,18 +505,18 @@ def test_runs_get_their_own_folders(tmp_path, monkeypatch):
     ("options", "message"),
     [
         ("--steps 0", "steps is 0; it must be at least 1"),
-        ("--n-thoughts 0", "n_thoughts is 0; it must be at least 1"),
+        ("--n-thoughts 0", "n_thoughts is 0; it must be between 1 and 10000"),
         ("--base-weight 2", "base_weight is 2.0; it must be between 0 and 1"),
-        ("--lr -1", "lr is -1.0; it must be at least 0"),
-        ("--lr nan", "lr is nan; it must be at least 0"),
+        ("--lr -1", "lr is -1.0; it must be between 0 and 100"),
+        ("--lr nan", "lr is nan; it must be between 0 and 100"),
         ("--seed -1", "seed is -1; it must be at least 0"),
         ("--context 1", "context is 1; it must be at least 2"),
         ("--clip 0", "clip is 0.0; it must be at least"),
         ("--keep -1", "keep is -1; it must be at least 0"),
-        ("--policy-weight -1", "policy_weight is -1.0; it must be at least 0"),
-        ("--thought-length -1", "thought_length is -1; it must be at least 0"),
-        ("--base-weight -1", "base_weight is -1.0; it must be at least 0"),
-        ("--reinforce-temperature 0", "reinforce_temperature is 0.0; it must be at least"),
+        ("--policy-weight -1", "policy_weight is -1.0; it must be between 0 and"),
+        ("--thought-length -1", "thought_length is -1; it must be between 0 and 10000"),
+        ("--base-weight -1", "base_weight is -1.0; it must be between 0 and 1"),
+        ("--reinforce-temperature 0", "reinforce_temperature is 0.0; it must be between"),
         ("--n-true 16", "of 16 tokens (context) 0 have 16 (n_true) ahead"),
         ("--positions 15", "positions is 15; of 16 tokens (context) 14 have 2 (n_true) ahead"),
         ("--base-steps 0", "base_steps is 0; without --checkpoint a base model has to be trained"),
@@ -657,9 +658,12 @@ def test_a_run_is_never_overwritten(tmp_path, capsys):
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_loss_that_is_no_number_stops_the_run(tmp_path, capsys):
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path, capsys, monkeypatch):
+    loss = train.language_loss
+    nan = torch.tensor(math.nan)
+    monkeypatch.setattr(train, "language_loss", lambda *given: (loss(*given)[0], {"loss": nan}))
     with pytest.raises(SystemExit):
-        run(tmp_path, "--lr 1e30")
+        run(tmp_path)
     assert "the last checkpoint is kept" in capsys.readouterr().err
 
 

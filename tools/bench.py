@@ -4,9 +4,6 @@
     python -m tools.bench --context 2048 --positions 64
     python -m tools.bench tricks           each trick of fast/ alone, at T = 256
     python -m tools.bench generation       a token with a thought against K + 1 steps without
-    python -m tools.bench loading          a 4 GB checkpoint against reading its bytes
-    python -m tools.bench loading --preset mistral-7b    14.5 GB are written, loaded and used once
-    python -m tools.bench tokenizing --data FILE     a text against sentencepiece, if it is there
     python -m tools.bench operations --preset mistral-7b    operations that a step launches
 
 A step handles M = T + N J (K + A + 1) tokens. The floor of its time is M times what the same model
@@ -17,39 +14,30 @@ model, in a process of its own. "plain" is what train.py does, "fast" what its -
 """
 
 import argparse
-import math
 import os
 import re
-import shutil
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor
 
 import fast
-from model import Mistral, MistralConfig, load_mistral
-from sample import generate, generate_steps
+from model import Mistral, MistralConfig
+from sample import generate_steps
 from support import memory
-from support.checkpoints import dtype_that_fits
-from support.files import write_json
 from support.terminal import execute, make_parser
-from support.tokenizer import load_tokenizer
 from thoughts import QuietStar, ThoughtConfig, quiet_star_loss
 from tools import plan
 
 SMALL = MistralConfig(4096, 288, 768, 6, 6, 2)  # 7.7 M parameters
-LARGE = MistralConfig(32000, 2560, 8960, 20, 20, 4)  # 2 G parameters, 4 GB in bfloat16
-MISTRAL_7B = plan.SHAPES["mistral-7b"]
 MEGABYTE = 1e6
 
 
@@ -243,122 +231,6 @@ def bench_generation(options: argparse.Namespace) -> None:
         print(f"{length:6d}   {step:12.5f}  {floor:8.4f}  {token:8.4f}  {token / floor:6.3f}")
 
 
-def bench_loading(options: argparse.Namespace) -> None:
-    """A sharded bfloat16 checkpoint of about 4 GB: time against reading its bytes, peak memory."""
-    with tempfile.TemporaryDirectory() as folder:
-        size = write_shards(Path(folder), LARGE, shards=4)
-        print(f"{size / 1e9:10.2f} GB  read s   load s   ratio   peak / size")
-        for dtype in (None, torch.float32):
-            runs = [
-                (in_its_own_process(read_all, folder), in_its_own_process(load, folder, dtype))
-                for _ in range(options.repeats + 1)
-            ]
-            read, loaded = zip(*runs[1:], strict=True)  # the first fills the page cache
-            seconds, peak = statistics.median(t for t, _ in loaded), max(m for _, m in loaded)
-            floor, kept = statistics.median(read), size * (2 if dtype else 1)
-            print(
-                f"{dtype or 'as is'!s:>13}  {floor:6.2f}  {seconds:7.2f}  "
-                f"{seconds / floor:6.3f}  {peak / kept:12.3f}",
-                flush=True,
-            )
-
-
-def bench_loading_preset(options: argparse.Namespace) -> None:
-    """A bfloat16 checkpoint of the real shape: written, loaded, one token sampled, deleted."""
-    with tempfile.TemporaryDirectory() as folder:
-        begin = time.perf_counter()
-        size = write_shards(Path(folder), MISTRAL_7B, shards=16)
-        print(f"{size / 1e9:.2f} GB written in {time.perf_counter() - begin:.0f} s", flush=True)
-        dtype_that_fits(Path(folder), torch.bfloat16)
-        loaded, token, peak = in_its_own_process(load_and_sample, folder, options.threads)
-        print(
-            f"loaded in {loaded:.1f} s, a token in {token:.1f} s; peak resident memory "
-            f"{peak / 1e9:.2f} GB, {peak / size:.3f} of the checkpoint"
-        )
-
-
-def load_and_sample(folder: str, threads: int) -> tuple[float, float, int]:
-    """Seconds to load a checkpoint, and to sample a token; peak resident memory over both."""
-    torch.set_num_threads(threads or torch.get_num_threads())
-    before, begin = resident("VmRSS"), time.perf_counter()
-    model = load_mistral(folder)
-    loaded = time.perf_counter()
-    generate(model, torch.tensor([[1]]), 1)  # what is loaded is read from the disk when it is used
-    return loaded - begin, time.perf_counter() - loaded, resident("VmHWM") - before
-
-
-def write_shards(folder: Path, config: MistralConfig, shards: int) -> int:
-    """A random bfloat16 checkpoint in several files, layer by layer; returns its bytes.
-
-    ValueError if the disk has not so much room.
-    """
-    with torch.device("meta"):
-        shapes = {name: p.shape for name, p in Mistral(config).named_parameters()}
-    needed, free = 2 * sum(map(math.prod, shapes.values())), shutil.disk_usage(folder).free
-    if needed > free:
-        gigabytes = f"{needed / 1e9:.1f} GB of disk are needed and {free / 1e9:.1f} are free"
-        raise ValueError(f"{gigabytes} in {folder}; TMPDIR names another place")
-    names, weight_map, total = list(shapes), {}, 0
-    for shard in range(shards):
-        file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
-        part = {}
-        for name in names[shard * len(names) // shards : (shard + 1) * len(names) // shards]:
-            key = name if name.startswith("lm_head.") else f"model.{name}"
-            part[key] = torch.randn(shapes[name]).bfloat16()
-            weight_map[key] = file
-            total += part[key].nbytes
-        save_file(part, folder / file)
-    write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
-    write_json(folder / "config.json", {"model_type": "mistral", **asdict(config)})
-    return total
-
-
-def read_all(folder: str) -> float:
-    """Seconds to read a checkpoint's bytes into memory, all of which is kept as loading keeps it.
-
-    (Memory that is used for the first time costs as much time as the reading itself.)
-    """
-    begin = time.perf_counter()
-    kept = [file.read_bytes() for file in Path(folder).glob("*.safetensors")]
-    return time.perf_counter() - begin if kept else 0.0
-
-
-def load(folder: str, dtype: torch.dtype | None) -> tuple[float, int]:
-    """Seconds to load a checkpoint, and the peak resident memory of loading."""
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak; Linux only
-    before, begin = resident("VmRSS"), time.perf_counter()
-    for parameter in load_mistral(folder, dtype).parameters():
-        parameter.detach().flatten()[::1024].sum()  # a number of every page: it is read when used
-    return time.perf_counter() - begin, resident("VmHWM") - before
-
-
-def bench_tokenizing(options: argparse.Namespace) -> None:
-    """Mistral's tokenizer on a whole document, against sentencepiece: ids and speed."""
-    try:
-        import sentencepiece
-    except ImportError:
-        raise ValueError("tokenizing compares with sentencepiece; pip install it first") from None
-    if options.data is None:
-        raise ValueError("tokenizing needs --data, a text of some megabytes")
-    model = Path(__file__).parents[1] / "tests" / "fixtures" / "tokenizer.model"
-    text = Path(options.data).read_text(encoding="utf-8")
-    ours, theirs = load_tokenizer(model), sentencepiece.SentencePieceProcessor(str(model))
-    encoders = {"sentencepiece": theirs.encode, "ours": ours.encode}
-    times: dict[str, list[float]] = {name: [] for name in encoders}
-    for _ in range(options.repeats + 1):  # the first is warm-up
-        for name, encode in encoders.items():
-            begin = time.perf_counter()
-            encode(text)
-            times[name].append(time.perf_counter() - begin)
-    slow, fast = (statistics.median(times[name][1:]) for name in encoders)
-    same = "the same ids" if ours.encode(text) == theirs.encode(text) else "OTHER IDS"
-    size = len(text.encode()) / MEGABYTE
-    print(
-        f"{size:.2f} MB, {same}: sentencepiece {size / slow:.2f} MB/s, "
-        f"ours {size / fast:.2f} MB/s, ratio {slow / fast:.1f}"
-    )
-
-
 def count_operations(shape: MistralConfig, thoughts: ThoughtConfig, T: int) -> dict[str, float]:
     """Operations of a step with one sequence on the path of a GPU, forward and backward.
 
@@ -376,7 +248,7 @@ def count_operations(shape: MistralConfig, thoughts: ThoughtConfig, T: int) -> d
 
 def bench_operations(options: argparse.Namespace) -> None:
     """Operations that a step launches. A GPU waits if they are shorter than a launch takes."""
-    shape = MISTRAL_7B if options.preset else SMALL
+    shape = plan.SHAPES[options.preset] if options.preset else SMALL
     given = {"thought_length": options.thought_length, "n_true": options.n_true}
     thoughts = ThoughtConfig(**{name: value for name, value in given.items() if value is not None})
     print(f"{'path':24}operations   at 10 us a launch")
@@ -389,8 +261,6 @@ BENCHES = {
     "steps": bench_steps,
     "tricks": bench_tricks,
     "generation": bench_generation,
-    "loading": bench_loading,
-    "tokenizing": bench_tokenizing,
 }
 
 
@@ -398,10 +268,9 @@ def run(options: argparse.Namespace) -> None:
     """Run the chosen benchmark."""
     if options.threads:
         torch.set_num_threads(options.threads)
-    at_scale = {"loading": bench_loading_preset, "operations": bench_operations}
-    if options.preset and options.what not in at_scale:
-        raise ValueError(f"--preset is for {' and '.join(at_scale)}, not for {options.what}")
-    (at_scale if options.preset else BENCHES)[options.what](options)
+    if options.preset and options.what != "operations":
+        raise ValueError(f"--preset is for operations, not for {options.what}")
+    BENCHES[options.what](options)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -409,18 +278,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("what", nargs="?", choices=BENCHES, default="steps", help="what to measure (steps)")
-    add(
-        "--context",
-        type=int,
-        help="steps: tokens of text (T); none: four cases, as in docs/cost.md",
-    )
+    add("--context", type=int, help="steps: tokens of text (T); none: the four of docs/cost.md")
     add("--thought-length", type=int, help="steps, generation: K (9; the last of the four: 13)")
     add("--n-true", type=int, help="steps: A (4; the last of the four: 8)")
     add("--positions", type=int, help="steps: positions that think (J); none: all")
     add("--checkpointing", action="store_true", help="steps: keep fewer activations")
     add("--repeats", type=int, default=3, help="measurements to take the median of (3)")
-    add("--data", metavar="FILE", help="tokenizing: a text")
-    add("--preset", choices=plan.SHAPES, help="loading, operations: of a large model's shape")
+    add("--preset", choices=plan.SHAPES, help="operations: of a large model's shape")
     add("--threads", type=int, default=1, help="CPU threads, 0 for all (1)")
     execute(parser, run, arguments)
 

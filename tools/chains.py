@@ -12,6 +12,7 @@ have a sign and decimals. (eval.py --task answers without chains.)
 """
 
 import argparse
+import math
 import re
 from collections import Counter
 from decimal import Decimal
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 
 from eval import Question, number_in, read_questions, show_scores, ways_to_answer
-from model import Mistral, check_at_least
+from model import Mistral, check_range
 from sample import write
 from support.checkpoints import load
 from support.device import DTYPES, pick_device
@@ -73,7 +74,8 @@ def answer_after_chains(
 
 def run(options: argparse.Namespace) -> None:
     """Answer the questions without thoughts and with them, and print the scores."""
-    check_at_least(options, samples=1, temperature=0, max_new_tokens=1, seed=0)
+    check_range(options, 1, math.inf, "samples", "max_new_tokens")
+    check_range(options, 0, math.inf, "temperature", "seed")
     questions = read_questions(options.data, "gsm8k", options.limit)
     dtype = options.dtype and DTYPES[options.dtype]
     model, tokenizer = load(options.model, pick_device(options.device), dtype)

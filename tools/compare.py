@@ -28,7 +28,7 @@ from torch import Tensor
 
 import eval as evaluation
 import train
-from model import KVCache, Mistral, check_at_least
+from model import KVCache, Mistral, check_range
 from sample import describe_thought
 from support.checkpoints import load
 from support.device import DTYPES, pick_device
@@ -244,7 +244,8 @@ def report(found: dict[str, list[dict]], thoughts: str) -> str:
 
 def prepare(options: argparse.Namespace, out: Path) -> tuple[dict, Tokens]:
     """Options of train.py for all runs, and the held-out tokens. What cannot work fails here."""
-    check_at_least(options, sequences=2, limit=1, seeds=1)
+    check_range(options, 1, math.inf, "limit", "seeds")
+    check_range(options, 2, math.inf, "sequences")
     for task in evaluation.TASKS:
         if file := getattr(options, task):
             evaluation.read_questions(file, task, options.limit)

@@ -14,6 +14,7 @@ printed and written to OUT/tables.md.
 import argparse
 import io
 import json
+import math
 import os
 import statistics
 import textwrap
@@ -29,7 +30,7 @@ import torch
 
 import eval as evaluation
 import train
-from model import check_at_least
+from model import check_range
 from support import corpus
 from support.files import read_json, write_json, write_text
 from support.runs import make_folder
@@ -296,7 +297,7 @@ def show_tables(results: dict[str, list[dict]]) -> str:
 def run(options: argparse.Namespace) -> None:
     """Run the chosen experiments that are not finished, and print the tables of all that are."""
     out = Path(options.out)
-    check_at_least(options, seeds=0)
+    check_range(options, 0, math.inf, "seeds")
     check_workers(options.workers)
     chosen = [Job(out, name, seed) for seed in range(options.seeds) for name in options.only]
     perform_all([*dict.fromkeys(job for last in chosen for job in last.chain())], options.workers)

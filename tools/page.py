@@ -10,6 +10,7 @@ thoughts are escaped there, or are in json_block, which the script reads as text
 import argparse
 import html
 import json
+import math
 import sys
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from model import check_at_least
+from model import check_range
 from support.checkpoints import load
 from support.device import pick_device
 from support.files import write_text
@@ -219,7 +220,7 @@ def run(options: argparse.Namespace) -> None:
     out = Path(options.html)
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise ValueError(f"--html is {out}; it must be a file in a folder that exists")
-    check_at_least(options, max_tokens=2)
+    check_range(options, 2, math.inf, "max_tokens")
     if not 0 <= options.seed < 2**63:
         raise ValueError(f"--seed is {options.seed}; it must be a whole number from 0 to 2**63 - 1")
     device = pick_device(options.device)

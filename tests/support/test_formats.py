@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from model import Mistral, MistralConfig, build, save_mistral
-from support.checkpoints import load_any, read_config, read_weights
+from support.checkpoints import FamilyConfig, RopeScaling, load_any, read_config, read_weights
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
@@ -237,7 +237,7 @@ LLAMA3 = {
             "(4) must be a multiple of num_key_value_heads (3)",
         ),
         ({"head_dim": 7}, "head_dim (7) must be even"),
-        ({"head_dim": 2**40}, "head_dim is 1099511627776; allowed are 1 to 1048576"),
+        ({"head_dim": 2**40}, "head_dim is 1099511627776; it must be between 1 and 1048576"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0"),
         ({"hidden_size": -32}, "hidden_size is -32"),
         ({"hidden_size": "32"}, "hidden_size is '32'; it must be int"),
@@ -255,8 +255,6 @@ LLAMA3 = {
         ({"rope_theta": math.inf}, "rope_theta is inf"),
         ({"rope_theta": 10**400}, "rope_theta is 1"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'; it must be bool"),
-        ({"bos_token_id": 10**6}, "bos_token_id or eos_token_id is 1000000"),
-        ({"eos_token_id": [2, -1]}, "bos_token_id or eos_token_id is -1"),
         ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'"),
     ],
 )
@@ -311,7 +309,8 @@ def test_what_a_config_leaves_out_is_as_in_transformers(broken):
 
 
 def test_a_window_of_qwen_survives(tmp_path):
-    config = MistralConfig(23, 16, 32, 1, 4, 2, sliding_window=5, model_type="qwen2")
+    how = {"sliding_window": 5, "model_type": "qwen2", "use_sliding_window": True}
+    config = FamilyConfig(23, 16, 32, 1, 4, 2, **how)
     save_mistral(Mistral(config), tmp_path)
     assert read_config(tmp_path) == config
 
@@ -350,6 +349,20 @@ def test_rope_as_newer_tools_write_it(tmp_path):
     config |= {"rope_parameters": {"rope_theta": 3e5, "rope_type": "default"}, "rope_theta": 1e4}
     (folder / "config.json").write_text(json.dumps(config))
     assert read_config(folder) == replace(before, rope_theta=3e5, rope_scaling=None)
+
+
+def test_stretched_rotary_positions_by_hand():
+    """Four frequencies, which turn 7.96, 1.99, 0.5 and 0.12 times over the original 50 positions.
+
+    From 4 turns on they are kept, up to 1 they are divided by 8, and of 1.99 a third is kept.
+    """
+    scaling = RopeScaling(8.0, 1.0, 4.0, 50)
+    config = FamilyConfig(9, 8, 8, 1, 1, 1, 8, rope_theta=256.0, rope_scaling=scaling)
+    kept = (50 / (2 * math.pi) / 4 - 1) / 3
+    expected = torch.tensor([1, (kept + (1 - kept) / 8) / 4, 1 / 8 / 16, 1 / 8 / 64])
+    assert torch.allclose(config.frequencies(torch.device("cpu")), expected)
+    plain = replace(config, rope_scaling=None).frequencies(torch.device("cpu"))
+    assert torch.allclose(plain, 4.0 ** -torch.arange(4))
 
 
 PARAMS = {

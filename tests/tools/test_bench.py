@@ -1,7 +1,5 @@
 """The benchmark runs, and its floor counts M as docs/cost.md does."""
 
-import sys
-
 import pytest
 
 from model import MistralConfig
@@ -54,49 +52,6 @@ def test_generation(monkeypatch, capsys):
     bench.main(["generation", "--repeats", "1", "--thought-length", "1"])
     rows = capsys.readouterr().out.splitlines()[1:]
     assert [int(row.split()[0]) for row in rows] == [64, 1024]
-
-
-@pytest.mark.skipif(not bench.Path("/proc/self/clear_refs").exists(), reason="Linux only")
-def test_loading(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "LARGE", MistralConfig(50, 16, 32, 2, 2, 1))
-    monkeypatch.setattr(bench, "in_its_own_process", lambda measure, *given: measure(*given))
-    bench.main(["loading", "--repeats", "1"])
-    assert len(capsys.readouterr().out.splitlines()) == 3
-
-
-@pytest.mark.skipif(not bench.Path("/proc/self/clear_refs").exists(), reason="Linux only")
-def test_loading_of_a_presets_shape(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "MISTRAL_7B", MistralConfig(50, 16, 32, 2, 2, 1))
-    monkeypatch.setattr(bench, "in_its_own_process", lambda measure, *given: measure(*given))
-    bench.main(["loading", "--preset", "mistral-7b"])
-    written, loaded = capsys.readouterr().out.splitlines()
-    assert "GB written in" in written
-    assert "a token in" in loaded
-
-
-def test_a_disk_without_room(monkeypatch, capsys, tmp_path):
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr(bench.tempfile, "tempdir", None)
-    room = bench.shutil.disk_usage(tmp_path)._replace(free=10**9)
-    monkeypatch.setattr(bench.shutil, "disk_usage", lambda folder: room)
-    with pytest.raises(SystemExit):
-        bench.main(["loading", "--preset", "mistral-7b"])
-    error = capsys.readouterr().err
-    assert "14.5 GB of disk are needed and 1.0 are free" in error
-    assert error.count("\n") == 1
-    assert not list(tmp_path.iterdir())
-
-
-def test_tokenizing_needs_sentencepiece_and_a_text(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "sentencepiece", None)
-    with pytest.raises(SystemExit) as stopped:
-        bench.main(["tokenizing", "--data", "README.md"])
-    assert stopped.value.code == 2
-    assert "pip install" in capsys.readouterr().err
-    monkeypatch.setitem(sys.modules, "sentencepiece", bench)
-    with pytest.raises(SystemExit):
-        bench.main(["tokenizing"])
-    assert "--data" in capsys.readouterr().err
 
 
 def test_operations(capsys):
