@@ -20,12 +20,14 @@ import math
 import re
 import sys
 from dataclasses import replace
-from decimal import Decimal
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
+import support  # noqa: F401 - first: OpenMP reads a variable of it when torch is imported
+
+# isort: split
 import numpy as np
 import torch
 from torch import Tensor
@@ -35,8 +37,8 @@ from sample import Model, check_finite, entropy, generate, predict, read_ids, wr
 from support import corpus
 from support.checkpoints import load
 from support.device import DTYPES, pick_device
-from support.files import read_json_lines
-from support.results import about, answer_all, results_file
+from support.questions import LETTERS, TASKS, Question, number_in, read_questions
+from support.results import about, answer_all, results_file, show_scores
 from support.terminal import execute, make_parser, show_status
 from support.text import Tokens, read_tokens
 from support.tokenizer import Tokenizer
@@ -285,65 +287,12 @@ def show_think_above(base: Tensor, talk: Tensor, unsure: Tensor) -> str:
 
 # ------------------------------------------------------------------------------------- questions
 
-LETTERS = "ABCDE"
 SPELLED = {"gsm8k": ["0123456789"], "csqa": [*LETTERS]}  # answers with all admissible characters
-NUMBER = re.compile(r"-?(?:[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?|\.[0-9]+)")
 SCORES = {
     "answer_probability": "probability of the answer among admissible tokens (the authors')",
     "greedy_accuracy": "accuracy of the number written greedily",
     "letter_accuracy": "accuracy of the most likely letter",
 }
-
-
-class Question(NamedTuple):
-    """A question and its answer."""
-
-    number: int  # from 0
-    text: str  # after "Q: ", with the choices
-    answer: str  # a number as spelled in the file, or a letter
-
-
-def number_in(text: str) -> Decimal | None:
-    """The first number in a text, without dollar signs and the commas between thousands."""
-    match = NUMBER.search(text.replace("$", ""))
-    return Decimal(match[0].replace(",", "")) if match else None
-
-
-def gsm8k_question(record: dict) -> tuple[str, str]:
-    """Text and answer of a line of GSM8K, which ends in #### and the number."""
-    _, mark, number = record["answer"].rpartition("####")
-    if not mark or number_in(number) is None:
-        raise ValueError(f"the answer ends in {record['answer'][-30:]!r}, not #### and a number")
-    return record["question"], number.strip()
-
-
-def csqa_question(record: dict) -> tuple[str, str]:
-    """Text and answer of a line of CommonsenseQA, in the original layout or the later flat one."""
-    question, answer = record["question"], record["answerKey"]
-    if isinstance(question, dict):
-        choices = {choice["label"]: choice["text"] for choice in question["choices"]}
-        question = question["stem"]
-    else:
-        choices = dict(zip(record["choices"]["label"], record["choices"]["text"], strict=True))
-    if [*choices] != [*LETTERS] or answer not in choices:
-        raise ValueError(f"choices and answerKey ({answer!r}) must be the letters {LETTERS}")
-    return "\n".join([question, *(f"({k}) {v}" for k, v in choices.items())]), answer
-
-
-TASKS = {"gsm8k": gsm8k_question, "csqa": csqa_question}
-
-
-def read_questions(path: str | Path, task: str, limit: int | None = None) -> list[Question]:
-    """The first `limit` questions in a data set's JSON lines. ValueError names a bad line."""
-    questions, records = [], read_json_lines(path)[:limit]
-    if not records or (limit or 1) < 1:
-        raise ValueError(f"{path} is without questions, or limit is {limit}: give at least one")
-    for where, record in records:
-        try:
-            questions.append(Question(len(questions), *TASKS[task](record)))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{where} is no question of {task}: {error!r}") from None
-    return questions
 
 
 def encode_answer(tokenizer: Tokenizer, prompt: str, answer: str) -> tuple[list[int], int]:
@@ -421,27 +370,6 @@ def ways_to_answer(model: Model) -> dict[str, Model]:
     if isinstance(model, Mistral):
         return {"without thoughts": model}
     return {"without thoughts": model.model, "with thoughts": model}
-
-
-def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
-    """The 95 % percentile interval of the mean of values [n], from 2,000 resamples."""
-    drawn = np.random.default_rng(0).integers(len(values), size=(2000, len(values)))
-    low, high = np.percentile(values[drawn].mean(axis=1), [2.5, 97.5])
-    return float(low), float(high)
-
-
-def show_scores(title: str, results: list[dict], scores: dict[str, str]) -> str:
-    """Means over questions with 95 % intervals: a row per score, a column per way to answer."""
-    ways = [way for way, value in results[0].items() if isinstance(value, dict)]
-    lines = [f"{f'{title}, {len(results)} questions':66}" + "".join(f"{way:>27}" for way in ways)]
-    for score in [score for score in scores if score in results[0][ways[0]]]:
-        line = f"{scores[score]:66}"
-        for way in ways:
-            percent = 100 * np.array([result[way][score] for result in results])
-            low, high = bootstrap_interval(percent)
-            line += f"{f'{percent.mean():.2f} % [{low:.2f}, {high:.2f}]':>27}"
-        lines.append(line)
-    return "\n".join([*lines, "In brackets: 95 % intervals (bootstrap over the questions)."])
 
 
 def answer_task(

@@ -17,6 +17,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import support  # noqa: F401 - first: OpenMP reads a variable of it when torch is imported
+
+# isort: split
 import torch
 from torch import Tensor
 

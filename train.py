@@ -23,6 +23,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
+import support  # noqa: F401 - first: OpenMP reads a variable of it when torch is imported
+
+# isort: split
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -1,4 +1,4 @@
-"""A file of results that grows line by line, and is continued after a crash."""
+"""Results of questions: a file that grows line by line, and tables of scores."""
 
 import argparse
 import json
@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from support.files import json_object, read_utf8, short, write_text
 from support.settings import fits
@@ -87,3 +89,24 @@ def read_results(path: Path, header: dict, questions: list, ways: dict) -> list[
             raise ValueError(f"{path}, line {number} has no scores, or not from 0 to 1")
         results.append(result)
     return results
+
+
+def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
+    """The 95 % percentile interval of the mean of values [n], from 2,000 resamples."""
+    drawn = np.random.default_rng(0).integers(len(values), size=(2000, len(values)))
+    low, high = np.percentile(values[drawn].mean(axis=1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def show_scores(title: str, results: list[dict], scores: dict[str, str]) -> str:
+    """Means over questions with 95 % intervals: a row per score, a column per way to answer."""
+    ways = [way for way, value in results[0].items() if isinstance(value, dict)]
+    lines = [f"{f'{title}, {len(results)} questions':66}" + "".join(f"{way:>27}" for way in ways)]
+    for score in [score for score in scores if score in results[0][ways[0]]]:
+        line = f"{scores[score]:66}"
+        for way in ways:
+            percent = 100 * np.array([result[way][score] for result in results])
+            low, high = bootstrap_interval(percent)
+            line += f"{f'{percent.mean():.2f} % [{low:.2f}, {high:.2f}]':>27}"
+        lines.append(line)
+    return "\n".join([*lines, "In brackets: 95 % intervals (bootstrap over the questions)."])

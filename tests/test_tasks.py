@@ -14,8 +14,9 @@ from tiny import think_slowly, tiny_quiet_star
 
 import eval as evaluation
 import sample
-from eval import Question, number_in
 from model import save_mistral
+from support.questions import Question, number_in, read_questions
+from support.results import bootstrap_interval
 from support.tokenizer import load_tokenizer, save_byte_tokenizer
 from thoughts import save_quiet_star
 
@@ -67,7 +68,7 @@ def write_lines(path, *records):
 def test_both_layouts_of_csqa_are_the_same_question(tmp_path):
     text = "What has doors?\n(A) bank\n(B) library\n(C) store\n(D) mall\n(E) new york"
     path = write_lines(tmp_path / "x.jsonl", NESTED, FLAT)
-    assert evaluation.read_questions(path, "csqa") == [Question(n, text, "B") for n in (0, 1)]
+    assert read_questions(path, "csqa") == [Question(n, text, "B") for n in (0, 1)]
 
 
 def test_gsm8k_questions(tmp_path):
@@ -76,8 +77,8 @@ def test_gsm8k_questions(tmp_path):
     sharp = {"question": "a\u2028b", "answer": "#### 1 no\n#### 2,125 "}
     path.write_text(path.read_text() + "\n" + json.dumps(sharp, ensure_ascii=False), "utf-8")
     expected = [Question(0, "1 + 1?", "2"), Question(1, "a\u2028b", "2,125")]
-    assert evaluation.read_questions(path, "gsm8k") == expected
-    assert evaluation.read_questions(path, "gsm8k", limit=1) == expected[:1]
+    assert read_questions(path, "gsm8k") == expected
+    assert read_questions(path, "gsm8k", limit=1) == expected[:1]
 
 
 @pytest.mark.parametrize(
@@ -103,7 +104,7 @@ def test_malformed_lines(tmp_path, task, line, message):
     with path.open("a", encoding="utf-8", errors="surrogateescape") as file:
         file.write(line)
     with pytest.raises(ValueError, match=f"x.jsonl.*{message}"):
-        evaluation.read_questions(path, task)
+        read_questions(path, task)
 
 
 @pytest.mark.parametrize(
@@ -133,15 +134,15 @@ def test_number_in(text, number):
 
 def test_bootstrap_by_hand():
     """Two draws of 0 and 1: their mean is 0 or 1 in a quarter of the resamples each."""
-    assert evaluation.bootstrap_interval(np.array([0.0, 1.0])) == (0.0, 1.0)
-    assert evaluation.bootstrap_interval(np.array([0.25] * 7)) == (0.25, 0.25)
+    assert bootstrap_interval(np.array([0.0, 1.0])) == (0.0, 1.0)
+    assert bootstrap_interval(np.array([0.25] * 7)) == (0.25, 0.25)
     values = np.arange(10.0)
-    assert evaluation.bootstrap_interval(values) == evaluation.bootstrap_interval(values)
+    assert bootstrap_interval(values) == bootstrap_interval(values)
 
 
 def test_bootstrap_has_enough_resamples():
     """Right answers to 40 % of 1,000 questions: 0.4 ± 0.0304; 20 resamples are off by far more."""
-    low, high = evaluation.bootstrap_interval(np.arange(1000) % 5 < 2)
+    low, high = bootstrap_interval(np.arange(1000) % 5 < 2)
     assert low == pytest.approx(0.4 - 0.0304, abs=0.003)
     assert high == pytest.approx(0.4 + 0.0304, abs=0.003)
 
@@ -151,7 +152,7 @@ def test_bootstrap_covers():
     rng = np.random.default_rng(0)
     inside, widths = 0, []
     for _ in range(400):
-        low, high = evaluation.bootstrap_interval(rng.normal(size=50))
+        low, high = bootstrap_interval(rng.normal(size=50))
         inside += low < 0 < high
         widths.append(high - low)
     assert 0.90 < inside / 400 < 0.97
@@ -381,7 +382,7 @@ def test_results_and_table(folder, five, tmp_path, capsys):
         assert way in table
         for score in ("answer_probability", accuracy):
             values = np.array([line[way][score] for line in lines])
-            low, high = evaluation.bootstrap_interval(values)
+            low, high = bootstrap_interval(values)
             assert low <= values.mean() <= high
             numbers = [f"{100 * value:.2f}" for value in (values.mean(), low, high)]
             assert "{} % [{}, {}]".format(*numbers) in table

@@ -21,12 +21,13 @@ from functools import partial
 import numpy as np
 import torch
 
-from eval import Question, number_in, read_questions, show_scores, ways_to_answer
+from eval import ways_to_answer
 from model import Mistral, check_range
 from sample import write
 from support.checkpoints import load
 from support.device import DTYPES, pick_device
-from support.results import about, answer_all, results_file
+from support.questions import Question, number_in, read_questions
+from support.results import about, answer_all, results_file, show_scores
 from support.terminal import execute, make_parser
 from support.tokenizer import Tokenizer
 from thoughts import QuietStar

@@ -33,7 +33,8 @@ from sample import describe_thought
 from support.checkpoints import load
 from support.device import DTYPES, pick_device
 from support.files import read_utf8, write_text
-from support.results import about
+from support.questions import TASKS, read_questions
+from support.results import about, bootstrap_interval
 from support.settings import add_settings
 from support.terminal import execute, make_parser, show_status
 from support.text import Tokens, read_documents, tokenize
@@ -150,7 +151,7 @@ def measure(
     path = out.with_suffix(".json")
     found = once(path, shape, lambda: {"nll": held_out_nll(model, arm, *held_out)})
     answering = {"pause": pausing(model), "thoughts": model}.get(arm, model.model)
-    for task in [task for task in evaluation.TASKS if getattr(options, task)]:
+    for task in [task for task in TASKS if getattr(options, task)]:
         file, data = out.with_name(f"{out.name}-{task}.jsonl"), {"data": getattr(options, task)}
         results = evaluation.answer_task(answering, tokenizer, task, header | data, file)
         ways = evaluation.ways_to_answer(answering)  # "without thoughts", "with thoughts"
@@ -173,7 +174,7 @@ def difference(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, list[
 def difference_row(first, second, nll: dict) -> list[str]:
     """The gain of first over second, its interval, that of every seed, the detectable gain."""
     values, seeds = difference(nll[first], nll[second])
-    low, high = evaluation.bootstrap_interval(values)
+    low, high = bootstrap_interval(values)
     variance = values.var(ddof=1) / len(values)
     if len(seeds) > 1:
         variance += np.var(seeds, ddof=1) / len(seeds)
@@ -189,7 +190,7 @@ def show_task(task: str, answers: dict) -> str:
         return 100 * np.array([[r[score] for r in results] for results in answers[key]]).mean(0)
 
     def cell(percent: np.ndarray) -> str:
-        low, high = evaluation.bootstrap_interval(percent)
+        low, high = bootstrap_interval(percent)
         return f"{percent.mean():.2f} [{low:.2f}, {high:.2f}]"
 
     scores = [s for s in evaluation.SCORES if s in answers[BEFORE][0][0]]
@@ -234,7 +235,7 @@ def report(found: dict[str, list[dict]], thoughts: str) -> str:
         other, one, before = (torch.from_numpy(nll[key].mean(0)[targets]) for key in keys)
         parts.append(f"By the loss before training: {LABELS[THINKS]} against {LABELS[second]}.")
         parts.append(textwrap.indent(evaluation.show_text(other, one, by=before), "    "))
-    for task in [task for task in evaluation.TASKS if task in found["before"][0]]:
+    for task in [task for task in TASKS if task in found["before"][0]]:
         parts.append("In %, mean over seeds, 95 % intervals (bootstrap over the questions).")
         answers = {key: [x[task].get(key[1]) for x in found[key[0]]] for key in LABELS}
         parts.append(show_task(task, {key: got for key, got in answers.items() if all(got)}))
@@ -246,9 +247,9 @@ def prepare(options: argparse.Namespace, out: Path) -> tuple[dict, Tokens]:
     """Options of train.py for all runs, and the held-out tokens. What cannot work fails here."""
     check_range(options, 1, math.inf, "limit", "seeds")
     check_range(options, 2, math.inf, "sequences")
-    for task in evaluation.TASKS:
+    for task in TASKS:
         if file := getattr(options, task):
-            evaluation.read_questions(file, task, options.limit)
+            read_questions(file, task, options.limit)
     training = training_options(options.training)
     training |= {"checkpoint": options.checkpoint, "data": [out / "train.jsonl"]}
     settings, _ = train.make_settings(training)

@@ -10,7 +10,7 @@ import torch
 from tiny import tiny_quiet_star
 
 import sample
-from eval import Question
+from support.questions import Question
 from support.tokenizer import load_tokenizer, save_byte_tokenizer
 from thoughts import save_quiet_star
 from tools import chains
