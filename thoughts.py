@@ -191,12 +191,11 @@ class ThoughtCache:
         """
         # b: sequences, h: key heads, i: thoughts, g: the H / Hkv query heads of a key head,
         # n: steps of the queries, t: text keys, s: steps of the own keys, d: head size
-        q = q.unflatten(1, (k.shape[1], -1)).transpose(2, 3)  # [B, Hkv, NJ, G, n, Dh]
-        q = q / math.sqrt(q.shape[-1])
+        q = q.unflatten(1, (k.shape[1], -1)).transpose(2, 3).contiguous()  # [B, Hkv, NJ, G, n, Dh]
         to_text = einsum("bhignd,bhtd->bhignt", q, text_k)  # the same keys for all thoughts
         to_own = einsum("bhignd,bhisd->bhigns", q, k)  # every thought's own keys
-        scores = torch.cat([to_text, to_own], dim=-1)
-        scores += bias.unsqueeze(-3)  # the same for all heads
+        scores = torch.cat([to_text, to_own], dim=-1) / math.sqrt(q.shape[-1])
+        scores = scores + bias.unsqueeze(-3)  # the same for all heads
         p = scores.softmax(-1, dtype=torch.float32).to(q.dtype)  # one softmax over both
         p_text, p_own = p.split([text_k.shape[2], k.shape[3]], dim=-1)
         out = einsum("bhignt,bhtd->bhignd", p_text, text_v)
