@@ -3,8 +3,8 @@
     python -m tools.walk --model runs/1/quiet_star
     python -m tools.walk --model FOLDER --text "The sum of 2 and 3 is 5." --position 9
 
-Thoughts are sampled after one position only, so that every number of the six steps can be followed.
-Without --position it is the one where a greedy thought helps most. Letters and names are those of
+Thoughts are sampled after one position only, so that all numbers fit on one page. By default it is
+the position where a greedy thought helps most. Letters and names are those of
 thoughts.py, and its functions compute the numbers.
 """
 
@@ -110,7 +110,7 @@ def walk(model: QuietStar, tokenizer: Tokenizer, ids: Tensor, j: int, seed: int)
         )
         print(f"      p of each token    {probabilities(-logp)}")
 
-    print(f"\n3 talk: end and the true tokens are read, and A = {A} tokens predicted")
+    print(f"\n3 talk: one pass reads t_K, end and the true tokens, and predicts A = {A} tokens")
     for n, nll in enumerate(thoughts_alone(model, ids, output)[:, 0, :, 0].T):
         print(f"    p_thought {n + 1}          {probabilities(nll)}")
 
