@@ -9,7 +9,7 @@ from torch import Tensor
 
 import thoughts
 
-ROWS = 512  # whose logits are computed at once
+ROWS = 512  # of logits over the vocabulary that are normalised, or computed again, at once
 
 
 class _TokenLogp(torch.autograd.Function):
@@ -17,7 +17,9 @@ class _TokenLogp(torch.autograd.Function):
     def forward(ctx, h, head, logits, ids, excluded, temperature):
         ctx.save_for_backward(h, head, ids)
         ctx.excluded, ctx.temperature = excluded, temperature
-        return thoughts.token_logp(logits, ids, temperature)
+        parts = zip(logits.flatten(0, -2).split(ROWS), ids.flatten().split(ROWS), strict=True)
+        logp = [thoughts.token_logp(rows, targets, temperature) for rows, targets in parts]
+        return torch.cat(logp).view(ids.shape)
 
     @staticmethod
     def backward(ctx, d_logp):
