@@ -223,9 +223,9 @@ def log(folder: Path, step: int, steps: int, metrics: dict[str, float], left: fl
     show_status(line, step, steps, sys.stdout)
 
 
-def copy_tokenizer(source: Path, target: Path) -> None:
+def copy_tokenizer(source: str | Path, target: str | Path) -> None:
     """Copy the files that load_tokenizer reads, except for the model's config.json."""
-    for file in (*source.glob("tokenizer*"), *source.glob("tekken.json")):
+    for file in (*Path(source).glob("tokenizer*"), *Path(source).glob("tekken.json")):
         shutil.copy(file, target)
 
 
