@@ -5,6 +5,7 @@
     python -m tools.bench tricks           each trick of fast/ alone, at T = 256
     python -m tools.bench generation       a token with a thought against K + 1 steps without
     python -m tools.bench operations --preset mistral-7b    operations that a step launches
+    python -m tools.bench bfloat16 --model FOLDER --data FILE    rounding against float32
 
 A step handles M = T + N J (K + A + 1) tokens. The floor of its time is M times what the same model
 spends per token in a plain language-model step, forward and backward, head and loss included; the
@@ -14,6 +15,7 @@ model, in a process of its own. "plain" is what train.py does, "fast" what its -
 """
 
 import argparse
+import copy
 import os
 import re
 import statistics
@@ -33,8 +35,10 @@ import fast
 from model import Mistral, MistralConfig
 from sample import generate_steps
 from support import memory
+from support.checkpoints import load
 from support.terminal import execute, make_parser
-from thoughts import QuietStar, ThoughtConfig, quiet_star_loss
+from support.text import read_tokens
+from thoughts import QuietStar, ThoughtConfig, quiet_star_loss, reward
 from tools import plan
 
 SMALL = MistralConfig(4096, 288, 768, 6, 6, 2)  # 7.7 M parameters
@@ -256,11 +260,48 @@ def bench_operations(options: argparse.Namespace) -> None:
         print(f"{path:24}{count:10.0f}   {1e-5 * count:12.2f} s")
 
 
+def bench_bfloat16(options: argparse.Namespace) -> None:
+    """How far results in bfloat16 are from those in float32, with the same weights and thoughts."""
+    if not (options.model and options.data):
+        raise ValueError("bfloat16 needs --model, a thinking model, and --data, a text")
+    exact, tokenizer = load(options.model, torch.device("cpu"), torch.float32)
+    if not isinstance(exact, QuietStar):
+        raise ValueError(f"{options.model} is a plain model; bfloat16 needs one that thinks")
+    narrow = copy.deepcopy(exact).bfloat16()
+    narrow.mixing_head.float()
+    exact.load_state_dict(narrow.state_dict())  # the same rounded weights
+    fast.apply(narrow)
+    text = read_tokens([options.data], tokenizer)
+    ids, targets = text.batch(0, 4, options.context or 128, 0, torch.device("cpu"))
+    positions = torch.arange(ids.shape[1] - exact.config.n_true)[::4]
+    thoughts, found = exact(ids, positions=positions, target_mask=targets).thought_ids, []
+    for model in (exact, narrow):
+        output = model(ids, thoughts, positions, targets)
+        quiet_star_loss(output, model.config)[0].backward()
+        r = reward(output.talk_nll, output.base_nll, positions, output.valid)
+        found.append({
+            "log p of a thought": output.thought_logp.sum(-1),
+            "nll without a thought": output.base_nll,
+            "nll with a thought": output.talk_nll,
+            "w": output.weight,
+            "reward r": r,
+            "gradient": torch.cat([p.grad.float().flatten() for p in model.parameters()]),
+        })  # fmt: skip
+    print(f"{'':24}       mean  deviation  rms error mean error  correlation")
+    for name, x in found[0].items():
+        x, y = x.detach().flatten(), found[1][name].detach().flatten()
+        error, both = y - x, torch.stack([x, y])
+        numbers = (x.mean(), x.std(), error.pow(2).mean().sqrt(), error.mean())
+        print(f"{name:24}" + "".join(f"{n:11.2e}" for n in numbers), end="")
+        print(f"{torch.corrcoef(both)[0, 1]:13.4f}")
+
+
 BENCHES = {
     "operations": bench_operations,
     "steps": bench_steps,
     "tricks": bench_tricks,
     "generation": bench_generation,
+    "bfloat16": bench_bfloat16,
 }
 
 
@@ -285,6 +326,8 @@ def main(arguments: list[str] | None = None) -> None:
     add("--checkpointing", action="store_true", help="steps: keep fewer activations")
     add("--repeats", type=int, default=3, help="measurements to take the median of (3)")
     add("--preset", choices=plan.SHAPES, help="operations: of a large model's shape")
+    add("--model", metavar="FOLDER", help="bfloat16: a thinking model")
+    add("--data", metavar="FILE", help="bfloat16: a text")
     add("--threads", type=int, default=1, help="CPU threads, 0 for all (1)")
     execute(parser, run, arguments)
 

@@ -1,8 +1,12 @@
 """The benchmark runs, and its floor counts M as docs/cost.md does."""
 
 import pytest
+from commands import refused
+from tiny import tiny_quiet_star
 
 from model import MistralConfig
+from support.tokenizer import save_byte_tokenizer
+from thoughts import save_quiet_star
 
 pytest.importorskip("fast.attention")  # it compares both paths
 
@@ -61,3 +65,25 @@ def test_operations(capsys):
     counts = {name: int(count) for name, count, *_ in rows}
     assert [*counts] == ["language-model step", "plain", "fast", "fast, checkpointing"]
     assert counts["language-model step"] < counts["plain"] < counts["fast, checkpointing"]
+
+
+def test_bfloat16(tmp_path, capsys):
+    """A row for each result. The rounding is visible, and small beside the results."""
+    save_quiet_star(tiny_quiet_star(V=258), tmp_path / "model")
+    save_byte_tokenizer(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("The hand of the clock. " * 40)
+    data = ["--data", str(tmp_path / "text.txt"), "--context", "24"]
+    bench.main(["bfloat16", "--model", str(tmp_path / "model"), *data])
+    rows = [line.rsplit(maxsplit=5) for line in capsys.readouterr().out.splitlines()[1:]]
+    assert [name.split()[0] for name, *_ in rows] == [
+        "log",
+        "nll",
+        "nll",
+        "w",
+        "reward",
+        "gradient",
+    ]
+    for name, _, deviation, error, _, correlation in rows:
+        assert 0 < float(error) < 0.1 * float(deviation), name
+        assert float(correlation) > 0.99, name
+    assert "bfloat16 needs --model" in refused(capsys, bench.main, ["bfloat16", "--model", "x"])
