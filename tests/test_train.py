@@ -14,7 +14,7 @@ from tiny import random_ids, tiny_mistral, tiny_quiet_star
 import train
 from model import Mistral, MistralConfig, load_mistral, save_mistral
 from sample import generate
-from support import corpus, runs
+from support import corpus, memory, runs
 from support.files import write_json
 from support.settings import comments
 from support.text import Tokens, read_tokens, tokenize
@@ -411,7 +411,7 @@ def test_text_that_cannot_be_used(tmp_path, monkeypatch, checkpoint, capsys, opt
 @pytest.mark.parametrize("options", ["--masters", "--no-masters", "--checkpointing"])
 def test_bfloat16_trains_and_resumes(tmp_path, checkpoint, options):
     """3 + 1 steps are 4 steps, bit for bit, also with random rounding."""
-    settings = f"{checkpoint} --steps 4 --context 16 --fast --dtype bfloat16 --lr 1e-3 {options}"
+    settings = f"{checkpoint}{FEW} --batch-size 3 --fast --dtype bfloat16 {options}"
     run(tmp_path / "whole", settings + " --save-every 3", small="")
     model = load_quiet_star(tmp_path / "whole" / "quiet_star")
     assert {p.dtype for p in model.model.parameters()} == {torch.bfloat16}
@@ -457,9 +457,33 @@ def test_what_fast_is_asked_for(tmp_path, monkeypatch, checkpoint):
     assert not (tmp_path / "out").exists()
 
 
-def test_preset(tmp_path, checkpoint):
-    options = checkpoint + " --preset mistral-7b --steps 1 --context 16"
-    run(tmp_path / "out", options, small="")
+@pytest.mark.parametrize("fast", [False, True])
+def test_memory_is_counted_before_training(tmp_path, monkeypatch, checkpoint, capsys, fast):
+    """For the model's shape, the settings and the path of the run; not enough is one line."""
+    seen = []
+
+    def check_memory(shape, thoughts, settings, path_of, device):
+        seen.append((shape, thoughts.thought_length, settings.context, path_of(settings), device))
+        raise ValueError("a step needs more")
+
+    monkeypatch.setattr(train, "check_memory", check_memory)
+    options = f"{checkpoint} --context 16 --thought-length 2" + " --fast" * fast
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path / "out", options, small="")
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.endswith(".py: error: a step needs more\n")
+    assert not (tmp_path / "out").exists()
+    [(shape, *settings, path, device)] = seen
+    assert shape == load_mistral(tmp_path / "pretrained").config
+    assert (settings, device) == ([2, 16], torch.device("cpu"))
+    assert (path is not None) == fast
+
+
+def test_preset(tmp_path, monkeypatch, checkpoint):
+    """Its memory is counted, too."""
+    monkeypatch.setattr(train, "check_memory", memory.check_memory)
+    options = " --preset mistral-7b --steps 1 --context 16 --thought-length 1 --n-true 1"
+    run(tmp_path / "out", checkpoint + options, small="")
     saved = json.loads((tmp_path / "out" / "settings.json").read_text())["settings"]
     assert (saved["dtype"], saved["micro_batch"], saved["checkpointing"]) == ("bfloat16", 1, True)
     assert not saved["masters"]
