@@ -1,5 +1,6 @@
 """The counted cost of a step against that of a step that is run."""
 
+from dataclasses import replace
 from functools import partial
 from unittest import mock
 
@@ -108,7 +109,8 @@ def test_flops_are_those_of_the_matrix_products():
     [("float32", True, {}), ("bfloat16", True, {"fast": True}),
      ("bfloat16", False, {"fast": True})],
 )  # fmt: skip
-def test_weights_and_optimiser(dtype, masters, options):
+def test_weights_and_optimiser(monkeypatch, dtype, masters, options):
+    monkeypatch.setattr(memory, "step_bytes", lambda *step: 7.0)
     settings = train.Settings(dtype=dtype, masters=masters, context=16, batch_size=1, **options)
     plan = memory.memory_plan(SHAPE, THOUGHTS, settings, PATHS["fast"])
     model = QuietStar(Mistral(SHAPE).to(memory.DTYPES[dtype]), THOUGHTS)
@@ -121,11 +123,21 @@ def test_weights_and_optimiser(dtype, masters, options):
     state = sum(x.nbytes for x in state if isinstance(x, torch.Tensor) and x.dim())
     assert plan["optimiser"] == state
     assert plan["weights"] == plan["gradients"] == sum(p.nbytes for p in model.parameters())
+    assert plan["activations"] == 7
     assert plan["total"] == sum(size for name, size in plan.items() if name != "total")
 
 
-def test_operations_do_not_rise():
-    """Of Mistral 7B with the preset, as in docs/cost.md; a language-model step for comparison."""
+def test_operations_do_not_rise(monkeypatch):
+    """Of Mistral 7B with the preset, as in docs/cost.md; a language-model step for comparison.
+
+    Counted with one and with two layers, where operations, unlike bytes, are linear already.
+    """
+
+    def of_all_layers(shape, cost_of):
+        one, two = (cost_of(replace(shape, num_hidden_layers=layers)) for layers in (1, 2))
+        return one + (shape.num_hidden_layers - 1) * (two - one)
+
+    monkeypatch.setattr(memory, "of_all_layers", of_all_layers)
     shape = MistralConfig(32000, 4096, 14336, 32, 32, 8, sliding_window=4096)
     step, dtype = (shape, ThoughtConfig(), 1, 256), torch.bfloat16
     assert memory.step_operations(*step, 252, dtype, PATHS["fast"]) <= 39_500

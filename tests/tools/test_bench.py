@@ -30,11 +30,22 @@ def test_saved_bytes_of_one_linear_layer_more(monkeypatch):
 
 @pytest.mark.skipif(not bench.Path("/proc/self/clear_refs").exists(), reason="Linux only")
 def test_table(monkeypatch, capsys):
+    """A row for each path, with the memory of the same step; a real process measures the last."""
+    asked, measured = [], bench.in_its_own_process
+
+    def in_its_own_process(measure, *given):
+        asked.append((measure, *given))
+        return measured(measure, *given) if given[1] == "plain" else 7e6
+
+    monkeypatch.setattr(bench, "in_its_own_process", in_its_own_process)
     monkeypatch.setattr(bench, "SMALL", MistralConfig(50, 16, 32, 1, 2, 1))
     bench.main(["--context", "16", "--repeats", "1", "--thought-length", "2", "--n-true", "2"])
     _, *rows = capsys.readouterr().out.splitlines()
     assert [row.split()[7] for row in rows] == ["fast", "plain"]
+    assert rows[0].split()[-3:-1] == ["7", "MB"]
     assert all(float(row.split()[10]) > 0 for row in rows)
+    case = bench.Case(16, 2, 2)
+    assert asked == [(bench.peak_bytes, case, path) for path in ("fast", "plain")]
 
 
 def test_no_option_of_steps_is_ignored(monkeypatch, capsys):
@@ -58,8 +69,10 @@ def test_generation(monkeypatch, capsys):
     assert [int(row.split()[0]) for row in rows] == [64, 1024]
 
 
-def test_operations(capsys):
-    """Those of support.memory, a line for each path."""
+def test_operations(monkeypatch, capsys):
+    """Those of support.memory, a line for each path; here of a single layer."""
+    one = bench.replace(bench.SMALL, num_hidden_layers=1)
+    monkeypatch.setattr(bench.memory, "of_all_layers", lambda shape, cost_of: cost_of(one))
     bench.main(["operations", "--context", "24", "--thought-length", "1", "--n-true", "1"])
     rows = [line.rsplit(maxsplit=3) for line in capsys.readouterr().out.splitlines()[1:]]
     counts = {name: int(count) for name, count, *_ in rows}

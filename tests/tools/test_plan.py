@@ -16,6 +16,9 @@ def test_peak_and_free_memory():
 # ------------------------------------------------------------------------------ the command line
 
 
+SHORT = ["--thought-length", "1", "--n-true", "1"]  # fewer operations to count
+
+
 def planned(monkeypatch, capsys, *options, free=80e9):
     """What is printed where so many bytes are free."""
     monkeypatch.setattr(plan, "free_memory", lambda device: free)
@@ -25,19 +28,21 @@ def planned(monkeypatch, capsys, *options, free=80e9):
 
 def test_mistral_7b_fits_80_gb_with_the_papers_settings(monkeypatch, capsys):
     """Not with float32 masters; the mixing head is in float32."""
+    monkeypatch.setattr(plan, "step_flops", lambda *step: 1e14)  # of one sequence
     said = planned(monkeypatch, capsys, "--preset", "mistral-7b")
     assert said.startswith("memory plan (GB): weights 14.68, gradients 14.68, optimiser 29.37, ")
     assert "the device has 80.00 free\nit fits\n" in said
-    assert "a step: 8 sequences of M = 7312 tokens" in said
+    assert "a step: 8 sequences of M = 7312 tokens, thoughts included; 8e+14 floating" in said
     _, settings, thoughts = plan.read_shape({"preset": "mistral-7b"})
     assert thoughts == ThoughtConfig()
     assert plan.work_of(settings, thoughts) == plan.Work(batch=8, T=256, J=252)
 
 
 def test_what_fits_and_what_to_try(monkeypatch, capsys):
-    said = planned(monkeypatch, capsys, free=5e7)
+    monkeypatch.setattr(plan, "step_flops", lambda *step: 1e14)
+    said = planned(monkeypatch, capsys, *SHORT, free=2e7)
     assert "it does not fit: --micro-batch 1 needs 0.0 GB" in said
-    assert "fit" not in planned(monkeypatch, capsys, free=None)
+    assert "fit" not in planned(monkeypatch, capsys, *SHORT, free=None)
 
 
 def test_the_shape_of_a_checkpoint_and_of_the_built_in_corpus(tmp_path, monkeypatch, capsys):
@@ -48,8 +53,14 @@ def test_the_shape_of_a_checkpoint_and_of_the_built_in_corpus(tmp_path, monkeypa
     assert (settings.context, settings.positions, thoughts.thought_length) == (256, 7, 9)
     shape, settings, thoughts = plan.read_shape({})
     assert (shape, settings.context, thoughts.thought_length) == (plan.BASE, 64, 6)
-    assert "it fits" in planned(monkeypatch, capsys, "--checkpoint", str(tmp_path))
-    assert "M = 352 tokens" in planned(monkeypatch, capsys)
+    assert plan.work_of(settings, thoughts).tokens(thoughts) == 64 + 2 * 16 * 9
+    monkeypatch.setattr(plan, "memory_plan", lambda shape, *_: {"total": shape.vocab_size * 1e9})
+    monkeypatch.setattr(plan, "advice", lambda *given: "less")
+    for given, size in ((["--checkpoint", str(tmp_path)], 50), ([], 258)):
+        said = planned(monkeypatch, capsys, *SHORT, *given)
+        assert f"total {size}.00; the device has 80.00 free" in said
+        assert ("it fits" in said) == (size == 50)
+    assert "M = 160 tokens" in said  # 64 + 2 * 16 * 3
 
 
 @pytest.mark.parametrize(
