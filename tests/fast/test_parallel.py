@@ -1,12 +1,15 @@
-"""Two processes do what one does: this file starts itself with torchrun, and compares.
+"""Two processes do what one does: this file starts itself with torchrun, once, and compares.
 
 Below are the tests, then what two processes do for them.
 """
 
+import io
 import json
 import os
+import runpy
 import subprocess
 import sys
+from contextlib import redirect_stderr
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,11 +29,11 @@ from support import runs
 from support.tokenizer import save_byte_tokenizer
 from thoughts import QuietStar, load_quiet_star, quiet_star_loss
 
-CASES = [
-    (tied, checkpointing, micro_batch)
-    for tied in (False, True)
-    for checkpointing in (False, True)
-    for micro_batch in (None, 1)
+CASES = [  # tied, checkpointing, micro_batch: every pair of values
+    (False, False, None),
+    (False, True, 1),
+    (True, False, 1),
+    (True, True, None),
 ]
 RUN = "--fast --device cpu --steps 4 --save-every 2 --batch-size 4 --context 16 --thought-length 2 "
 RUN += "--n-true 2 --positions 6 --lr 1e-3 --mixing-lr 1e-2 --warmup 1 --embedding-scale 1 "
@@ -38,13 +41,13 @@ RUN += "--policy-weight 1"
 EXACT = {"rel": 1e-6, "abs": 1e-6}
 
 
-def torchrun(*arguments, **options):
-    """Start a script and its arguments in two processes."""
+def torchrun(*arguments):
+    """Start this file in two processes."""
     root = Path(__file__).parents[2]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     paths = {"PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}", "OMP_NUM_THREADS": "1"}
-    command += map(str, arguments)
-    return subprocess.run(command, env=os.environ | paths, cwd=root, text=True, **options)
+    command += [__file__, *map(str, arguments)]
+    return subprocess.run(command, env=os.environ | paths, cwd=root, text=True, capture_output=True)
 
 
 def options(folder):
@@ -111,20 +114,25 @@ def gradient_of(tied, checkpointing, micro_batch, gradient_of_several=None):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """What two processes and one have made, each for itself."""
+def done(tmp_path_factory):
+    """The folder of what two processes and one have made, and how the two ended: see work."""
     folder = tmp_path_factory.mktemp("parallel")
     save_mistral(tiny_quiet_star(V=258).model, folder / "pretrained")
     save_byte_tokenizer(folder / "pretrained")
     (folder / "text.txt").write_text("Two and two is four. " * 20)
     train.main([*options(folder), "--out", str(folder / "one")])
     run_and_die(*options(folder), "--out", str(folder / "one-two"))
-    done = torchrun(__file__, "all", folder, capture_output=True)
-    assert done.returncode == 0, done.stderr
-    return folder
+    done = torchrun(folder)
+    assert all((folder / f"{rank}.json").exists() for rank in "01"), done.stderr
+    return folder, done
 
 
-@pytest.fixture(params=CASES, ids=str)
+@pytest.fixture(scope="module")
+def folder(done):
+    return done[0]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=str)
 def both(request, folder):
     """What gradient_of gives in one process, and in each of two."""
     case = str(request.param)
@@ -192,26 +200,30 @@ def test_bfloat16_trains_and_goes_on_alone(folder, name):
 
 
 def test_what_is_wrong_is_told_once(folder):
-    arguments = [*options(folder), "--batch-size", "3", "--out", str(folder / "odd")]
-    done = torchrun("train.py", *arguments, capture_output=True)
-    assert done.returncode
+    """At once by the first process. The other waits; torchrun ends it meanwhile, as below.
+
+    A RuntimeError waits longer.
+    """
     line = "train.py: error: batch_size is 3; 2 processes need a multiple of 2\n"
-    assert done.stderr.count(line) == done.stderr.count("error:") == 1
+    for rank, waits in enumerate(([0, 5], [5, 10])):
+        told = json.loads((folder / f"{rank}.json").read_text())
+        assert told == {"code": 2, "slept": waits, "error": line}
     assert not (folder / "odd").exists()
 
 
-def test_an_error_in_one_process_ends_both(folder):
-    done = torchrun(__file__, "fail", folder, capture_output=True)
-    assert done.returncode
-    assert done.stderr.count("error: only here\n") == done.stderr.count("error:") == 1
-    assert "Traceback" not in done.stderr.split("only here")[0]
+def test_an_error_in_one_process_ends_both(done):
+    """The last of what they do."""
+    assert done[1].returncode
+    error = done[1].stderr
+    assert error.count("error: only here\n") == error.count("error:") == 1
+    assert "Traceback" not in error.split("only here")[0]
 
 
 # ------------------------------------------------------------------------ in each of two processes
 
 
 def work(folder):
-    """Gradients, then runs: whole, resumed, to be resumed, in bfloat16."""
+    """Gradients, then runs: whole, resumed, to be resumed, in bfloat16; wrong ones at the end."""
     from fast import parallel
 
     rank = parallel.RANK
@@ -225,17 +237,39 @@ def work(folder):
     dist.init_process_group = dist.destroy_process_group = lambda **options: None
     train.main([*options(folder), "--out", str(folder / "two")])
     train.main(["--out", str(folder / "one-two"), "--resume", "--device", "cpu"])
-    parallel.time.sleep = lambda seconds: None
+    slept, sleep = [], parallel.time.sleep
+    parallel.time.sleep = slept.append
     for name, extra in {
         "two-one": "--checkpointing",
         "masters": "--dtype bfloat16",
         "no-masters": "--dtype bfloat16 --no-masters",
     }.items():
         run_and_die(*options(folder), *extra.split(), "--out", str(folder / name))
+    slept.clear()
+    told = odd_batch(folder) | {"slept": slept}
+    with pytest.raises(RuntimeError):
+        parallel.together(is_gone)(None)
+    (folder / f"{rank}.json").write_text(json.dumps(told))
+    parallel.time.sleep = sleep
+    fail(folder)
+
+
+def odd_batch(folder):
+    """How train.py, as torchrun starts it, ends with a batch that two cannot share."""
+    sys.argv = ["train.py", *options(folder), "--batch-size", "3", "--out", str(folder / "odd")]
+    with redirect_stderr(io.StringIO()) as error:
+        try:
+            runpy.run_path("train.py", run_name="__main__")
+        except SystemExit as stopped:
+            return {"code": stopped.code, "error": error.getvalue()}
+
+
+def is_gone(options):
+    raise RuntimeError("the other process is gone")
 
 
 def fail(folder):
-    """A process that cannot read what the other one reads."""
+    """One process cannot read what the other one reads."""
     from fast import parallel
 
     def read(files, tokenizer):
@@ -249,4 +283,4 @@ def fail(folder):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"all": work, "fail": fail}[sys.argv[1]](Path(sys.argv[2]))
+    work(Path(sys.argv[1]))
