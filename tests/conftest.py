@@ -1,16 +1,20 @@
-"""For all tests: one thread, and runs of train.py that count no memory before they begin."""
+"""For all tests: one thread, and what slows down many small runs of train.py."""
+
+from functools import cache
 
 import pytest
 import torch
 
 import train
+from support import settings
 
 torch.set_num_threads(1)  # the tensors are so small that a second one only gets in the way
 
 
 @pytest.fixture(autouse=True, scope="session")
-def without_plan():
-    """The plan takes far longer than a small run. test_train.py has a test of it."""
+def quick_starts():
+    """No run counts its memory, but in test_train.py; help texts are read from the source once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "check_memory", lambda *_: None)
+        patch.setattr(settings, "comments", cache(settings.comments))
         yield
