@@ -7,7 +7,6 @@ recipe has a copy of the tree, in which its tests run and two steps of each stag
 import importlib
 import io
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -18,6 +17,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+from processes import quick_context
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "change.md").read_text(encoding="utf-8")
@@ -177,11 +177,7 @@ EFFECTS = {"6": sees_the_last_16, "7": stops_at_the_dash, "8": learns_from_the_o
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """Recipe -> the future result of perform. All of them are begun at once."""
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    context = multiprocessing.get_context(method)
-    # Imported once, for all: torch._dynamo is what the first step of an optimiser imports.
-    context.set_forkserver_preload(["torch._dynamo", "pytest", "numpy"])
-    with ProcessPoolExecutor(2, context, max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(2, quick_context(), max_tasks_per_child=1) as pool:
         yield {
             recipe: pool.submit(perform, recipe, tmp_path_factory.mktemp(f"recipe{recipe}"))
             for recipe in FILES

@@ -117,7 +117,8 @@ def gradient_of(tied, checkpointing, micro_batch, gradient_of_several=None):
 def done(tmp_path_factory):
     """The folder of what two processes and one have made, and how the two ended: see work."""
     folder = tmp_path_factory.mktemp("parallel")
-    save_mistral(tiny_quiet_star(V=258).model, folder / "pretrained")
+    shape = replace(tiny_mistral(V=258).config, num_hidden_layers=1)
+    save_mistral(Mistral(shape), folder / "pretrained")
     save_byte_tokenizer(folder / "pretrained")
     (folder / "text.txt").write_text("Two and two is four. " * 20)
     train.main([*options(folder), "--out", str(folder / "one")])

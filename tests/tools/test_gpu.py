@@ -9,14 +9,15 @@ from tools import gpu, plan
 def test_the_page(tmp_path, monkeypatch):
     monkeypatch.setitem(plan.SHAPES, "mistral-7b", MistralConfig(50, 16, 32, 2, 2, 1))
     for name, settings in gpu.STEPS.items():
-        small = replace(settings, context=40, batch_size=2, compile=False)
+        few = settings.positions and 3
+        small = replace(settings, context=8, positions=few, batch_size=2, compile=False)
         monkeypatch.setitem(gpu.STEPS, name, small)
     # Counted on the meta device: tests/support/test_memory.py has the test.
     monkeypatch.setattr(gpu.bench, "count_operations", lambda *step: {"fast": 7.0})
     monkeypatch.setattr(gpu.memory, "step_flops", lambda *step: 1e9)
     monkeypatch.setattr(gpu.memory, "memory_plan", lambda *step: {"total": 1e9})
     monkeypatch.setattr(gpu, "command", lambda *arguments: " ".join(arguments))
-    monkeypatch.setattr(gpu, "PRESET", replace(gpu.PRESET, context=40))
+    monkeypatch.setattr(gpu, "PRESET", replace(gpu.PRESET, context=8))
     gpu.main(["--out", str(tmp_path / "gpu.md"), "--steps", "1", "--device", "cpu"])
     page = (tmp_path / "gpu.md").read_text()
     titles = [line for line in page.splitlines() if line.startswith("#")]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from commands import refused
+from processes import quick_context
 
 from support.files import read_json, write_json
 from support.text import read_documents, read_tokens, tokenize
@@ -87,6 +88,7 @@ def test_prepared_text_has_the_batches_of_text_read_directly(tmp_path, monkeypat
     lines = [json.dumps({"text": f"{n} {PROSE}" * (200 if n == 0 else 1)}) for n in range(60)]
     (tmp_path / "c.json").write_text("\n".join(lines))
     monkeypatch.setattr(prepare, "CHUNK", 200)
+    monkeypatch.setattr(prepare, "get_context", {"spawn": quick_context()}.__getitem__)
     files.append(tmp_path / "c.json")
     out = run(tmp_path, *files, options=["--workers", "2"])
     manifest = check_tokens(out, read_documents(files))
