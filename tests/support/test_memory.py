@@ -17,7 +17,7 @@ from thoughts import QuietStar, ThoughtCache, ThoughtConfig, quiet_star_loss
 
 SHAPE = MistralConfig(199, 48, 80, 5, 4, 2)
 # All log p have a gradient, which is most memory: negative rewards are kept.
-THOUGHTS = ThoughtConfig(2, 2, 2, init_id=0, policy_weight=1.0, drop_negative=False)
+THOUGHTS = ThoughtConfig(2, 2, 1, init_id=0, policy_weight=1.0, drop_negative=False)
 
 
 def apply(model, checkpointing):
@@ -95,11 +95,11 @@ def test_counts_are_linear_in_layers():
 
 def test_flops_are_those_of_the_matrix_products():
     """6 per weight and token of the layers and of the head, and of the mixing head."""
-    T, J, N, K, A, D, V = 20, 8, 2, 2, 2, 48, 199
+    T, J, N, K, A, D, V = 20, 8, 2, 2, 1, 48, 199
     layer = D * D * 2 + D * 24 * 2 + 3 * D * 80
     M = T + N * J * (K + A + 1)
     weights = M * 5 * layer + V * D * (T - 1 + N * J * (K + A)) + N * J * A * (3 * D * D + D)
-    attention = 12 * 5 * 4 * 12 * (T * T / 2 + N * J * 5 * (T + 6 / 2))
+    attention = 12 * 5 * 4 * 12 * (T * T / 2 + N * J * 4 * (T + 5 / 2))
     flops = memory.step_flops(SHAPE, THOUGHTS, T, J)
     assert 6 * weights < flops < 1.1 * (6 * weights + attention)
 
