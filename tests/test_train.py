@@ -471,7 +471,8 @@ def test_memory_is_counted_before_training(tmp_path, monkeypatch, checkpoint, ca
     with pytest.raises(SystemExit) as stopped:
         run(tmp_path / "out", options, small="")
     assert stopped.value.code == 2
-    assert capsys.readouterr().err.endswith(".py: error: a step needs more\n")
+    error = capsys.readouterr().err
+    assert error.endswith(": error: a step needs more\n") and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
     [(shape, *settings, path, device)] = seen
     assert shape == load_mistral(tmp_path / "pretrained").config
