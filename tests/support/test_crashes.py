@@ -2,36 +2,25 @@
 
 import json
 import os
+import random
 import resource
 import shutil
 import signal
-import subprocess
-import sys
-from pathlib import Path
+import time
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
+from processes import quick_context
 from test_train import SMALL, losses, run, same_weights, small  # noqa: F401  (a fixture)
 
 import train
 from support import runs, terminal
 from thoughts import load_quiet_star
 
-# Forks a child that runs small; before, nothing of torch has run in the parent, so that is safe.
-RUNNER = """
-import os, random, signal, sys, time
-sys.path[:0] = [{root!r}, {tests!r}]
-import torch
-import torch._dynamo  # every child would import it for its first optimizer, for a second
-import train
-from model import MistralConfig
-train.CORPUS_LINES, train.BASE = 300, MistralConfig(258, 16, 32, 1, 2, 1)
-train.BASE_SETTINGS["batch_size"] = 4
-train.evaluation.puzzle_table = lambda model, tokenizer: {{}}
-train.evaluation.look_at_puzzles = lambda model, tokenizer: ("seen", False, {{}})
-torch.set_num_threads(1)
 
 def child(arguments):
+    """Fork a process that runs train.py, small as in test_train.py. Returns its id."""
     pid = os.fork()
     if pid == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -41,31 +30,29 @@ def child(arguments):
             os._exit(stopped.code or 0)
         os._exit(0)
     return pid
-{then}
-"""
-KILL = """
-arguments, out, chance = {arguments!r}, {out!r}, random.Random(0)
-kills = 0
-while True:
-    resume = os.path.exists(os.path.join(out, "settings.json"))
-    pid = child(["--out", out, "--resume"] if resume else ["--out", out, *arguments])
-    if kills < 5:
-        time.sleep(chance.random() * 0.12)
-        os.kill(pid, signal.SIGKILL)
-    _, status = os.waitpid(pid, 0)
-    if not os.WIFSIGNALED(status):
-        print(kills, os.waitstatus_to_exitcode(status))
-        break
-    kills += 1
-"""
 
 
-def python(then: str, **names) -> subprocess.Popen:
-    """The runner in a process of its own."""
-    root, tests = Path(__file__).parents[2], Path(__file__).parents[1]
-    script = RUNNER.format(root=str(root), tests=str(tests), then=then.format(**names))
-    pipe = subprocess.PIPE
-    return subprocess.Popen([sys.executable, "-c", script], text=True, stdout=pipe, stderr=pipe)
+def kill_again_and_again(arguments, out):
+    """Run, and resume after every kill: the number of kills, and how the last run ended.
+
+    In a process of its own. Nothing of torch has run in it before it forks, so that is safe.
+    """
+    train.CORPUS_LINES, train.BASE = 300, train.MistralConfig(258, 16, 32, 1, 2, 1)
+    train.BASE_SETTINGS["batch_size"] = 4
+    train.evaluation.puzzle_table = lambda model, tokenizer: {}
+    train.evaluation.look_at_puzzles = lambda model, tokenizer: ("seen", False, {})
+    torch.set_num_threads(1)
+    chance, kills = random.Random(0), 0
+    while True:
+        resume = os.path.exists(os.path.join(out, "settings.json"))
+        pid = child(["--out", out, "--resume"] if resume else ["--out", out, *arguments])
+        if kills < 5:
+            time.sleep(chance.random() * 0.12)
+            os.kill(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+        if not os.WIFSIGNALED(status):
+            return kills, os.waitstatus_to_exitcode(status)
+        kills += 1
 
 
 def test_killed_many_times_a_run_ends_as_if_nothing_had_been(tmp_path):
@@ -73,10 +60,10 @@ def test_killed_many_times_a_run_ends_as_if_nothing_had_been(tmp_path):
     more = "--save-every 1 --base-steps 6 --steps 6"
     options = [*SMALL.split(), "--device", "cpu", *more.split()]
     run(tmp_path / "whole", more)
-    process = python(KILL, arguments=options, out=str(tmp_path / "killed"))
-    said, error = process.communicate()
-    kills, code = map(int, said.split())
-    assert code == 0, error
+    with ProcessPoolExecutor(1, quick_context()) as pool:
+        done = pool.submit(kill_again_and_again, options, str(tmp_path / "killed"))
+        kills, code = done.result(timeout=100)
+    assert code == 0
     assert kills >= 3
     lines = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "killed")]
     assert lines[0].count("\n") == lines[1].count("\n") == 12

@@ -10,7 +10,7 @@ def test_the_page(tmp_path, monkeypatch):
     monkeypatch.setitem(plan.SHAPES, "mistral-7b", MistralConfig(50, 16, 32, 2, 2, 1))
     for name, settings in gpu.STEPS.items():
         few = settings.positions and 3
-        small = replace(settings, context=8, positions=few, batch_size=2, compile=False)
+        small = replace(settings, context=8, positions=few, batch_size=1, compile=False)
         monkeypatch.setitem(gpu.STEPS, name, small)
     # Counted on the meta device: tests/support/test_memory.py has the test.
     monkeypatch.setattr(gpu.bench, "count_operations", lambda *step: {"fast": 7.0})
