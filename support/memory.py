@@ -48,7 +48,8 @@ class Watch(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
         arguments = operation._schema.arguments
         view = any(x.alias_info is not None and not x.alias_info.is_write for x in arguments)
-        self.operations += not (view or "empty" in operation._schema.name)
+        launches_nothing = "empty" in operation._schema.name or "view" in operation._schema.name
+        self.operations += not (view or launches_nothing)  # _unsafe_view has no alias_info
         return result
 
     def forget(self, address: int) -> None:

@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fast
+from fast.linear import add_gradients_at_once
 from model import Mistral, MistralConfig
 from sample import generate_steps
 from support import memory
@@ -55,10 +56,16 @@ def logp_alone(model: QuietStar) -> None:
     model.token_logits, model.token_logp = fast.token_logits, fast.token_logp
 
 
+def gradients_alone(model: QuietStar) -> None:
+    """Gradients of weights that are added to .grad at once, and nothing else of fast/."""
+    add_gradients_at_once(model.model.layers)
+
+
 PATHS: dict[str, Callable[[QuietStar], object]] = {
     "plain": lambda model: None,
     "attention": attention_alone,
     "logp": logp_alone,
+    "gradients": gradients_alone,
     "fast": fast.apply,
     "fast, checkpointing": partial(fast.apply, checkpointing=True),
 }
@@ -240,14 +247,11 @@ def count_operations(shape: MistralConfig, thoughts: ThoughtConfig, T: int) -> d
 
     Views are left out. RMSNorm and the attention of the text count as one operation, as on CUDA.
     """
-    step, dtype = (shape, thoughts, 1, T), torch.bfloat16
-    J, checkpointing = T - thoughts.n_true, partial(fast.apply, checkpointing=True)
-    return {
-        "language-model step": memory.step_operations(*step, 0, dtype, None),
-        "plain": memory.step_operations(*step, J, dtype, None),
-        "fast": memory.step_operations(*step, J, dtype, fast.apply),
-        "fast, checkpointing": memory.step_operations(*step, J, dtype, checkpointing),
-    }
+    step, J = (shape, thoughts, 1, T), T - thoughts.n_true
+    counts = {"language-model step": memory.step_operations(*step, 0, torch.bfloat16, None)}
+    for name in [name for name in PATHS if name != "attention"]:  # that is for a CPU only
+        counts[name] = memory.step_operations(*step, J, torch.bfloat16, PATHS[name])
+    return counts
 
 
 def bench_operations(options: argparse.Namespace) -> None:

@@ -76,7 +76,10 @@ def test_operations(monkeypatch, capsys):
     bench.main(["operations", "--context", "24", "--thought-length", "1", "--n-true", "1"])
     rows = [line.rsplit(maxsplit=3) for line in capsys.readouterr().out.splitlines()[1:]]
     counts = {name: int(count) for name, count, *_ in rows}
-    assert [*counts] == ["language-model step", "plain", "fast", "fast, checkpointing"]
+    assert [*counts] == [
+        "language-model step",
+        *(name for name in bench.PATHS if name != "attention"),
+    ]
     assert counts["language-model step"] < counts["plain"] < counts["fast, checkpointing"]
 
 
