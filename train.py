@@ -114,7 +114,7 @@ PRESETS = {  # what differs from the defaults: for one GPU of 80 GB, and for 135
 
 # What differs on the built-in corpus: embeddings and rates of a model that is 128 wide.
 BUILT_IN = {
-    "steps": 150, "cooldown": 0.5, "context": 64, "positions": 16, "lr": 2e-4, "mixing_lr": 3e-3,
+    "steps": 150, "cooldown": 1.0, "context": 64, "positions": 16, "lr": 2e-4, "mixing_lr": 3e-3,
     "base_steps": 1500,
 }  # fmt: skip
 BUILT_IN_THOUGHTS = {
