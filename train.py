@@ -309,7 +309,7 @@ def train_thoughts(
         import fast
 
         options = settings.checkpointing, settings.compile, settings.masters
-        AdamW = fast.enter(model, ids[:1], targets[:1], *options)
+        AdamW = fast.enter(model, ids, targets, *options)
     optimizer = make_optimizer(model, settings, AdamW)
     gradient = batch_gradient
     if SEVERAL:

@@ -46,16 +46,16 @@ def apply(
 def enter(
     model: QuietStar, ids: Tensor, targets: Tensor, checkpointing=False, compile=False, masters=True
 ) -> type[torch.optim.Optimizer]:
-    """`apply`, after a check that both paths agree on ids, targets [1, T].
+    """`apply`, after a check that both paths agree on a batch ids, targets [B, T].
 
-    The first PROBE + A tokens are used. Raises ValueError, and names the output or the gradient
-    that differs most, if the difference is more than rounding. (Compiled layers are not checked:
-    they are compiled from the same code.)
+    The first PROBE + A tokens of two sequences are used. Raises ValueError, and names the output or
+    the gradient that differs most, if the difference is more than rounding. (Compiled layers are
+    not checked: they are compiled from the same code.)
     """
-    few = slice(PROBE + model.config.n_true)
-    plain = probe(model, ids[:, few], targets[:, few])
+    few = slice(2), slice(PROBE + model.config.n_true)
+    plain = probe(model, ids[few], targets[few])
     apply(model, checkpointing)
-    quick = probe(model, ids[:, few], targets[:, few])
+    quick = probe(model, ids[few], targets[few])
     found, tolerance = differences(plain, quick), TOLERANCE[model.start_embedding.dtype]
     if wrong := [name for name in found if not found[name] <= tolerance["gradient" in name]]:
         name = max(wrong, key=found.get)
@@ -67,16 +67,16 @@ def enter(
 
 
 def probe(model: QuietStar, ids: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """Outputs and gradients of a model that thinks at three positions of ids [1, T].
+    """Outputs and gradients of a model that thinks at three positions of ids [B, T].
 
     The loss is the sum of the means of all outputs. Thoughts are tokens of the text. The last layer
     of the mixing head is random for once, so that w is not 1 and every parameter has a gradient.
     """
-    config, T, device = model.config, ids.shape[1], ids.device
+    config, (B, T), device = model.config, ids.shape, ids.device
     generator = torch.Generator().manual_seed(0)
     positions = torch.linspace(0, T - 1 - config.n_true, 3).long().unique()
-    shape = 1, config.n_thoughts, len(positions), config.thought_length
-    thoughts = ids[0, torch.randint(T, shape, generator=generator).to(device)]
+    shape = B, config.n_thoughts, len(positions), config.thought_length
+    thoughts = ids.flatten()[torch.randint(B * T, shape, generator=generator).to(device)]
     last = model.mixing_head[4].weight
     kept = last.detach().clone()
     try:

@@ -434,7 +434,7 @@ def test_bfloat16_trains_and_resumes(tmp_path, checkpoint, options):
 
 
 def test_what_fast_is_asked_for(tmp_path, monkeypatch, checkpoint):
-    """The first sequence of the run's first batch; checkpointing, compile, masters."""
+    """The run's first batch of 8 sequences; checkpointing, compile, masters."""
     asked = []
 
     def enter(model, ids, targets, *options):
@@ -448,7 +448,7 @@ def test_what_fast_is_asked_for(tmp_path, monkeypatch, checkpoint):
         with pytest.raises(SystemExit):
             run(tmp_path / "out", f"{checkpoint} --context 16 --fast {options}", small="")
     assert asked == [
-        ((1, 16), (1, 16), *options)
+        ((8, 16), (8, 16), *options)
         for options in (
             (False, False, True), (True, False, True), (False, True, True), (False, False, True),
             (False, False, False),

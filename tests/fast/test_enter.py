@@ -8,7 +8,7 @@ import fast
 
 
 def enter(model, T=20):
-    ids = random_ids(1, T)
+    ids = random_ids(3, T)
     return fast.enter(model, ids, ids >= 0)
 
 
@@ -38,3 +38,15 @@ def test_an_error_in_the_check_leaves_the_mixing_head(monkeypatch):
 def test_more_true_tokens_than_the_probe_has(monkeypatch):
     monkeypatch.setattr(fast, "PROBE", 4)
     enter(tiny_quiet_star(n_true=9))
+
+
+def test_a_difference_between_sequences_is_found(monkeypatch):
+    """Here the second sequence reads the keys of the first."""
+    attend = fast.FastThoughtCache.attend
+
+    def mixed(self, layer, q, k, v):
+        return attend(self, layer, q, k[:1].expand_as(k), v)
+
+    monkeypatch.setattr(fast.FastThoughtCache, "attend", mixed)
+    with pytest.raises(ValueError, match="Leave out --fast"):
+        enter(tiny_quiet_star())
