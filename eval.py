@@ -7,8 +7,8 @@
 
 Puzzles are held out of training. A text is read in independent sequences of --context tokens; every
 token except the first of a sequence is predicted without a thought and with a greedy one. Questions
-are answered zero-shot, right after "A:", with the authors' prompts (eval_helpers.py; for a vote of
-written chains of thought see python -m tools.chains):
+are answered zero-shot, right after "A:", with the prompts of the authors' code (eval_helpers.py).
+For a vote of written chains of thought, see python -m tools.chains.
 
     Q: {question}\\nA: {number}\\n
     Q: {question}\\n(A) {choice}\\n ... (E) {choice}\\nA: {letter}\\n
@@ -25,7 +25,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
-import support  # noqa: F401 - first: OpenMP reads a variable of it when torch is imported
+import support  # noqa: F401 - before torch: sets OMP_WAIT_POLICY, read when torch is imported
 
 # isort: split
 import numpy as np

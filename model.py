@@ -2,7 +2,8 @@
 
 The architecture is Mistral 7B (Jiang et al. 2023, arXiv 2310.06825): RMSNorm, rotary
 position embeddings, grouped-query attention with a sliding window, SwiGLU. Two switches cover its
-relatives: biases on q, k and v (Qwen2), norms on q and k (Qwen3).
+relatives: biases on q, k and v (Qwen2), norms on q and k (Qwen3). (Scaled rotary positions of
+Llama 3.1 override MistralConfig.frequencies in support/checkpoints.py.)
 
 A cache decides which keys a query attends to: KVCache for text, ThoughtCache (thoughts.py) for
 thoughts. Layers and the loop over layers are the same for both.
@@ -61,14 +62,14 @@ class MistralConfig:
     max_position_embeddings: int = 32768  # not used by the model; kept for other tools
     bos_token_id: int | None = None  # not used by the model; kept for the tokenizer
     eos_token_id: int | list[int] | None = None  # not used by the model; kept for the tokenizer
-    model_type: str = "mistral"  # or llama, qwen2, qwen3
+    model_type: str = "mistral"  # or llama, qwen2, qwen3, with support.checkpoints.FamilyConfig
 
     def __post_init__(self):
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         if self.head_dim is None:
             object.__setattr__(self, "head_dim", self.hidden_size // max(heads, 1))
-        sizes = [field.name for field in fields(MistralConfig)[:7]]
-        check_range(self, 1, 2**20, *sizes)  # the numbers of weights fit into int64
+        sizes = [field.name for field in fields(self)[:7]]
+        check_range(self, 1, 2**20, *sizes)  # products of sizes fit into int64
         if heads % kv_heads or self.head_dim % 2:
             raise ValueError(
                 f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads "
@@ -272,11 +273,11 @@ class Mistral(nn.Module):
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file, memory-mapped. Raises ValueError without a whole file."""
+    """Memory-mapped tensors of a file. Raises ValueError if it is missing or damaged."""
     try:
         return load_file(file)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is missing or no whole safetensors file: {error}") from None
+        raise ValueError(f"{file} is missing or not a complete safetensors file: {error}") from None
 
 
 def assign_weights(module: nn.Module, weights: dict[str, Tensor], source: Path) -> None:
@@ -311,7 +312,7 @@ def load_mistral(folder: str | Path, dtype: torch.dtype | None = None, device="c
     """Load a Mistral from a Hugging Face folder: config.json and model.safetensors, or shards.
 
     dtype None keeps the dtype of the file. Raises ValueError for another model_type, a config that
-    this file does not compute, and weights that are missing or do not fit. Other formats and
+    asks for another computation, and weights that are missing or do not fit. Other formats and
     families (params.json, Llama, Qwen) are read by support.checkpoints.load_any.
     """
     folder = Path(folder)
@@ -322,7 +323,7 @@ def load_mistral(folder: str | Path, dtype: torch.dtype | None = None, device="c
     computed |= {"rope_scaling": None, "layer_types": None, "quantization_config": None}
     for name, value in computed.items():
         if raw.get(name, value) != value:
-            raise ValueError(f"{folder}: {name} is {raw[name]!r}; load_mistral reads {value!r}")
+            raise ValueError(f"{folder}: {name} is {raw[name]!r}; load_mistral supports {value!r}")
     names = [field.name for field in fields(MistralConfig)]
     try:
         config = MistralConfig(**{name: raw[name] for name in names if name in raw})

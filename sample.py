@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import support  # noqa: F401 - first: OpenMP reads a variable of it when torch is imported
+import support  # noqa: F401 - before torch: sets OMP_WAIT_POLICY, read when torch is imported
 
 # isort: split
 import torch

@@ -13,13 +13,14 @@ a = 0 .. A-1 true tokens ahead:
 start and end are the meta tokens <|startofthought|> and <|endofthought|>. A thought is read in
 K + 1 passes. Each of the first K passes reads one token and samples the next one. The last pass
 reads t_K, end and the true tokens together, because all of them are known then (teacher forcing).
+If K = 0, this pass reads start in place of t_K.
 thought_mask says which keys each step of a thought attends to (Figure 3):
 
                         x_0 .. x_j | start  t_1 .. t_{K-1} | t_K  end  x_{j+1} .. x_{j+A-1}
     step                           |   1     2  ..   K     | K+1  K+2   K+3   ..   K+A+1
     rotary position     0  ..  j   |  j+1          ..                              j+K+A+1
     its output predicts            |  t_1   t_2 ..  t_K    |  -  x_{j+1}   ..     x_{j+A}
-    pass                  base     |   1     2  ..   K     |            K+1   (K = 0: start for t_K)
+    pass                  base     |   1     2  ..   K     |            K+1
 
 The mixing weight w is 1 at initialisation, so p_talk = p_init and thoughts have no effect. The
 gradient then reaches the model, through p_init, and the last layer of the mixing head. start, end
@@ -30,7 +31,7 @@ Letters of the shape comments, beside those of model.py (names of the paper in b
     K    sampled tokens of a thought, without start and end [t]
     A    true tokens ahead that a thought is scored on [n_true]
     J    positions that think; by default all that have A targets
-    NJ   N * J thoughts as one axis; thoughts of the same sample index are adjacent
+    NJ   the N * J thoughts as one axis: thought n at positions[i] has index n * J + i
     n    steps of a thought that one pass reads: 1, or A + 1 in the last pass
 
 Positions are 0-based: position j has read ids[:, : j + 1] and predicts ids[:, j + 1]. "nll" is a
@@ -62,7 +63,7 @@ from model import (
     save_mistral,
 )
 
-NEVER = -1e10  # logit of an excluded token: p is 0 in float32, and finite, since 0 * -inf is NaN
+NEVER = -1e10  # logit of an excluded token: its p is 0. Not -inf, because 0 * -inf is NaN
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class ThoughtConfig:
     start_id: int | None = None  # id of <|startofthought|>; none: V, outside of the vocabulary
     end_id: int | None = None  # id of <|endofthought|>; none: V + 1
     init_id: int | None = None  # token whose embedding initialises both: em_dash_id; none: random
-    embedding_scale: float = 100.0  # both are stored divided by this: a step changes them more
+    embedding_scale: float = 100.0  # start and end are stored divided by this: they change faster
     reinforce_temperature: float = 3.0  # of log p(thought) in REINFORCE; sampling does not use it
     base_weight: float = 0.5  # c, of the loss without thoughts; the loss with them has 1 - c
     policy_weight: float | None = None  # of REINFORCE; none: 1e6 / K
@@ -114,7 +115,7 @@ class Output(NamedTuple):
     """The result of QuietStar.forward."""
 
     thought_ids: Tensor  # [B, N, J, K] int64
-    thought_logp: Tensor  # [B, N, J, K] of the masked logits / reinforce_temperature
+    thought_logp: Tensor  # [B, N, J, K] of these tokens, at reinforce_temperature
     base_nll: Tensor  # [B, T-1] of ids[:, 1:] without thoughts; 0 where it is no target
     talk_nll: Tensor  # [A, B, N, J] of ids[:, j+1+a] after the thought at j; 0 where not valid
     weight: Tensor  # [A, B, N, J] the mixing weight w; 1: the thought is ignored
@@ -189,7 +190,7 @@ class ThoughtCache:
         q [B, H, NJ, n, Dh] -> the same shape; own k, v [B, Hkv, NJ, steps, Dh]; text_k, text_v
         [B, Hkv, T, Dh]; bias [NJ, n, T + steps]: 0, or -inf where a key is not visible.
         """
-        # b: sequences, h: key heads, i: thoughts, g: the H / Hkv query heads of a key head,
+        # b: sequences, h: key heads, i: thoughts, g: the G = H / Hkv query heads of a key head,
         # n: steps of the queries, t: text keys, s: steps of the own keys, d: head size
         q = q.unflatten(1, (k.shape[1], -1)).transpose(2, 3).contiguous()  # [B, Hkv, NJ, G, n, Dh]
         to_text = einsum("bhignd,bhtd->bhignt", q, text_k)  # the same keys for all thoughts
@@ -392,7 +393,7 @@ class QuietStar(nn.Module):
         return nll.movedim(-1, 0), w.movedim(-1, 0)
 
     def read(self, x: Tensor, cache: ThoughtCache) -> Tensor:
-        """All thoughts read their next n tokens: embeddings x [B, N, J, n, D] -> hidden states."""
+        """All thoughts read their next n tokens: embeddings x [B, N, J, n, D] -> states like x."""
         steps = cache.length + 1 + torch.arange(x.shape[3], device=x.device)  # [n]
         positions = (cache.origin[:, None] + steps).flatten()  # [NJ * n] j + step
         return self.model.run(x.flatten(1, 3), cache, positions).unflatten(1, x.shape[1:4])
@@ -518,8 +519,9 @@ def quiet_star_loss(
     """The loss of a batch and its metrics (detached scalars). Paper: section 4.4.
 
     L_base averages over all targets; L_NLL and L_REINFORCE average over thoughts and over positions
-    that have all A targets, so that padding changes nothing. As in the authors' code: L_base and
-    the weights, the mean over a in L_NLL, and means of log p over thoughts, not logs of mean p.
+    that have all A targets, so that padding changes nothing. Three choices are those of the
+    authors' code, not of the paper: L_base with the factors c and 1 - c; the mean over a in L_NLL,
+    not the sum; the mean of log p over thoughts, not the logarithm of the mean p.
     counts: count_targets of the whole batch, if output is only a part of it. Losses, gradients and
     metrics then add up over the parts.
 

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
-import support  # noqa: F401 - first: OpenMP reads a variable of it when torch is imported
+import support  # noqa: F401 - before torch: sets OMP_WAIT_POLICY, read when torch is imported
 
 # isort: split
 import torch
@@ -69,7 +69,7 @@ class Settings:
     lr: float = 1e-6  # learning rate of AdamW
     mixing_lr: float | None = None  # learning rate of the mixing head; none: lr
     warmup: int = 20  # first steps, in which the learning rate rises to lr
-    cooldown: float = 0.0  # share of the steps, the last ones, in which it falls to 0
+    cooldown: float = 0.0  # share of the steps, at the end, in which the learning rate falls to 0
     weight_decay: float = 1e-3  # of AdamW
     clip: float = 1.0  # largest norm of the gradient
     save_every: int = 50  # steps between checkpoints
@@ -91,7 +91,7 @@ class Settings:
         check_range(self, 2, math.inf, "context")
         check_range(self, 0, math.inf, "seed", "warmup", "base_steps", "keep")
         check_range(self, 0, 100, "lr", "mixing_lr", "weight_decay")
-        check_range(self, 1e-9, math.inf, "clip")
+        check_range(self, 1e-9, 1e9, "clip")
         check_range(self, 0, 1, "cooldown", "work")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype}; it must be {' or '.join(DTYPES)}")

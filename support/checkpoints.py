@@ -5,8 +5,8 @@ A folder is in one of two formats. If it has both, the first one is read:
     config.json, model*.safetensors           Hugging Face's
     params.json, consolidated*.safetensors    Mistral's own
 
-The families are mistral, llama, qwen2 and qwen3. A config that asks for a computation that is not
-in model.py is refused, because the checkpoint would load and give wrong results.
+The families are mistral, llama, qwen2 and qwen3. A config that asks for another computation than
+that of model.py, with FamilyConfig, is refused: the checkpoint would load and give wrong results.
 """
 
 import math
@@ -74,14 +74,21 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class FamilyConfig(MistralConfig):
-    """The config of a relative of Mistral: with scaled rotary positions, or a Llama or Qwen."""
+    """MistralConfig with the fields that Llama and Qwen checkpoints add."""
 
     rope_scaling: RopeScaling | None = None
-    use_sliding_window: bool = False  # for other tools, which need it to apply sliding_window
+    use_sliding_window: bool = False  # for other tools: whether there is a sliding_window
     max_window_layers: int = 0  # for other tools: no layer is without the window
 
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "use_sliding_window", self.sliding_window is not None)
+
     def frequencies(self, device: torch.device) -> Tensor:
-        """Llama 3.1: divide low frequencies by `factor`, keep high ones, interpolate between."""
+        """Rotary frequencies [Dh/2]. Llama 3.1: low ones are divided by `factor`, high ones kept.
+
+        Those between are interpolated.
+        """
         inv_freq, scaling = super().frequencies(device), self.rope_scaling  # [Dh/2]
         if scaling is None:
             return inv_freq

@@ -60,8 +60,8 @@ def test_load_mistral_computes_the_recorded_logits(name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llama"}, "model_type is 'llama'; load_mistral reads 'mistral'"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; load_mistral reads 'silu'"),
+        ({"model_type": "llama"}, "model_type is 'llama'; load_mistral supports 'mistral'"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; load_mistral supports 'silu'"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling is {'rope_type': 'yarn'}"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "rope_type is 'llama3'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}"),
@@ -96,7 +96,7 @@ def test_a_cut_file_is_refused(tmp_path):
     shutil.copytree(FIXTURES / "mistral_tiny_a", tmp_path / "a")
     file = tmp_path / "a" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="no whole safetensors file"):
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
         load_mistral(tmp_path / "a")
 
 

@@ -1,7 +1,8 @@
 """In bfloat16, thoughts are heard from the first steps on, at the paper's learning rate of 1e-6.
 
-1 - w is then about 1e-6 a step. bfloat16 has no number between 0.996 and 1, so w, the mixture and
-the logits of the mixture are float32 (section 4.3; QuietStar.mixing_weight, mix, token_logits).
+In this small model, 1 - w is then some 1e-6. bfloat16 has no number between 0.996 and 1, so w, the
+mixture and the logits of the mixture are float32 (section 4.3; QuietStar.mixing_weight, mix,
+token_logits).
 """
 
 import torch

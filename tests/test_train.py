@@ -536,7 +536,7 @@ def test_runs_get_their_own_folders(tmp_path, monkeypatch):
         ("--lr nan", "lr is nan; it must be between 0 and 100"),
         ("--seed -1", "seed is -1; it must be at least 0"),
         ("--context 1", "context is 1; it must be at least 2"),
-        ("--clip 0", "clip is 0.0; it must be at least"),
+        ("--clip 0", "clip is 0.0; it must be between"),
         ("--keep -1", "keep is -1; it must be at least 0"),
         ("--policy-weight -1", "policy_weight is -1.0; it must be between 0 and"),
         ("--thought-length -1", "thought_length is -1; it must be between 0 and 10000"),

@@ -265,7 +265,10 @@ def bench_operations(options: argparse.Namespace) -> None:
 
 
 def bench_bfloat16(options: argparse.Namespace) -> None:
-    """How far results in bfloat16 are from those in float32, with the same weights and thoughts."""
+    """How far results in bfloat16 are from float32, with the same rounded weights and thoughts.
+
+    The bfloat16 model runs on the fast path, as in training; the float32 model on the plain one.
+    """
     if not (options.model and options.data):
         raise ValueError("bfloat16 needs --model, a thinking model, and --data, a text")
     exact, tokenizer = load(options.model, torch.device("cpu"), torch.float32)
@@ -276,7 +279,7 @@ def bench_bfloat16(options: argparse.Namespace) -> None:
     exact.load_state_dict(narrow.state_dict())  # the same rounded weights
     fast.apply(narrow)
     text = read_tokens([options.data], tokenizer)
-    ids, targets = text.batch(0, 4, options.context or 128, 0, torch.device("cpu"))
+    ids, targets = text.batch(0, 4, options.context or 256, 0, torch.device("cpu"))
     positions = torch.arange(ids.shape[1] - exact.config.n_true)[::4]
     thoughts, found = exact(ids, positions=positions, target_mask=targets).thought_ids, []
     for model in (exact, narrow):
@@ -323,9 +326,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("what", nargs="?", choices=BENCHES, default="steps", help="what to measure (steps)")
-    add("--context", type=int, help="steps: tokens of text (T); none: the four of docs/cost.md")
-    add("--thought-length", type=int, help="steps, generation: K (9; the last of the four: 13)")
-    add("--n-true", type=int, help="steps: A (4; the last of the four: 8)")
+    add("--context", type=int, help="tokens of text (T); none: 256, and for steps four cases")
+    add("--thought-length", type=int, help="steps, generation, operations: K (9; last case: 13)")
+    add("--n-true", type=int, help="steps, operations: A (4; the last case: 8)")
     add("--positions", type=int, help="steps: positions that think (J); none: all")
     add("--checkpointing", action="store_true", help="steps: keep fewer activations")
     add("--repeats", type=int, default=3, help="measurements to take the median of (3)")

@@ -3,9 +3,8 @@
     python -m tools.walk --model runs/1/quiet_star
     python -m tools.walk --model FOLDER --text "The sum of 2 and 3 is 5." --position 9
 
-Thoughts are sampled after one position only, so that all numbers fit on one page. By default it is
-the position where a greedy thought helps most. Letters and names are those of
-thoughts.py, and its functions compute the numbers.
+Thoughts are sampled after one position only, so that all numbers fit on one page: by default, the
+position where a greedy thought helps most. Letters, names and functions are those of thoughts.py.
 """
 
 import argparse

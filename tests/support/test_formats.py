@@ -68,7 +68,7 @@ def test_misshapen_tensor_is_named(broken):
 def test_truncated_file(broken):
     file = broken / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="no whole safetensors file"):
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
         load_any(broken)
 
 
