@@ -19,10 +19,11 @@ from support.files import write_json
 from support.settings import comments
 from support.text import Tokens, read_tokens, tokenize
 from support.tokenizer import load_tokenizer, save_byte_tokenizer
-from thoughts import ThoughtConfig, load_quiet_star, save_quiet_star
+from thoughts import ThoughtConfig, load_quiet_star, quiet_star_loss, save_quiet_star
 
 SMALL = "--base-steps 4 --steps 4 --batch-size 3 --context 16 --thought-length 2 --save-every 2"
 SMALL += " --positions 6"
+BASE_SETTINGS = {**train.BASE_SETTINGS}  # without the fixture below
 
 
 @pytest.fixture(autouse=True)
@@ -145,12 +146,33 @@ def test_splitting_a_batch_changes_neither_gradient_nor_metrics(positions):
             assert (whole - gradients[name]).abs().max() < 1e-5 * (1 + whole.abs().max()), name
 
 
+def test_what_is_no_target_has_no_loss():
+    """Both losses without thoughts are the mean over the targets, computed directly."""
+    model, ids = tiny_quiet_star(), random_ids(4, 12)
+    mask = torch.ones(4, 12, dtype=torch.bool)
+    mask[0, 3] = mask[2, 7:] = False
+    logp = torch.log_softmax(model.model(ids)[:, :-1], -1).gather(-1, ids[:, 1:, None])[..., 0]
+    of = {"loss": (model.model, train.language_loss), "base_nll": (model, train.thought_loss)}
+    for name, losses_of in of.items():
+        metrics = train.batch_gradient(*losses_of, ids, mask, train.Settings(), 2, None)
+        assert metrics[name] == pytest.approx(-logp[mask[:, 1:]].mean().item())
+
+
+def test_the_loss_is_that_of_the_thoughts_at_the_positions():
+    """Positions, mask, counts and generator all reach the model."""
+    model, ids, positions = tiny_quiet_star(), random_ids(2, 12), torch.tensor([1, 4])
+    seeded, mask = torch.Generator().manual_seed, random_ids(2, 12) > 5
+    loss, _ = train.thought_loss(model, ids, mask, positions, (40, 7), seeded(0))
+    output = model(ids, positions=positions, target_mask=mask, generator=seeded(0))
+    assert loss == quiet_star_loss(output, model.config, (40, 7))[0]
+
+
 def test_distinct_thoughts_by_hand():
     """Two sequences, two thoughts at two positions: 1 of 4, and 2 of the 2 at a valid position."""
     thoughts = torch.tensor(
-        [[[[1, 1], [1, 1]], [[1, 1], [1, 1]]], [[[1, 2], [3, 3]], [[2, 2], [3, 4]]]]
+        [[[[1, 1], [1, 1]], [[1, 1], [1, 1]]], [[[1, 2], [3, 3]], [[4, 2], [3, 4]]]]
     )
-    valid = torch.tensor([[[True, True], [True, False]]])
+    valid = torch.tensor([[[True, True], [True, True]], [[True, True], [True, False]]])
     output = train.Output(thoughts, *[None] * 4, valid, None, None)
     assert train.distinct_thoughts(output, (9, 3)) == pytest.approx((1 + 2) / 6)
     none = train.Output(thoughts[..., :0], *[None] * 4, valid, None, None)
@@ -174,7 +196,10 @@ def test_positions_are_drawn_anew_every_step():
 
 
 def test_all_that_is_random_has_the_seed(tmp_path, monkeypatch):
-    """Both corpora, the weights of both stages, and every batch."""
+    """Both corpora, the weights of both stages, and every batch.
+
+    The first corpus explains eight lines in ten, the second one in ten, both with the same work.
+    """
     seen = {"corpus": [], "weights": [], "batch": []}
     make_corpus, batch, manual_seed = corpus.make_corpus, Tokens.batch, torch.manual_seed
 
@@ -185,28 +210,33 @@ def test_all_that_is_random_has_the_seed(tmp_path, monkeypatch):
 
         return noted
 
-    monkeypatch.setattr(corpus, "make_corpus", noting("corpus", make_corpus, 0))
+    monkeypatch.setattr(corpus, "make_corpus", noting("corpus", make_corpus, slice(4)))
     monkeypatch.setattr(torch, "manual_seed", noting("weights", manual_seed, 0))
-    monkeypatch.setattr(Tokens, "batch", noting("batch", batch, 4))
-    run(tmp_path, "--seed 7")
-    assert seen["corpus"] == [7, 8]
+    monkeypatch.setattr(Tokens, "batch", noting("batch", batch, slice(1, 5)))
+    run(tmp_path, "--seed 7 --work 0.25")
+    assert seen["corpus"] == [(7, 300, 0.8, 0.25), (8, 300, 0.1, 0.25)]
     assert seen["weights"] == [7, 7]
-    assert seen["batch"] == [7] * (4 + 1 + 4)  # and one to see whether the text is long enough
+    steps = [0, 1, 2, 3]  # stage 2 begins with a look whether the text is long enough
+    given = [(step, 4, 16, 7) for step in steps] + [(step, 3, 16, 7) for step in [0, *steps]]
+    assert seen["batch"] == given
 
 
 def test_thoughts_are_seeded_and_the_rates_are_those_given(tmp_path, monkeypatch):
-    """The generator of positions and thoughts, and both learning rates, after a warm-up of 2."""
+    """The generator of positions and thoughts, and both learning rates, after a warm-up of 2.
+
+    14 of 16 tokens have 2 (n_true) ahead.
+    """
     seen = []
 
     def loss_of(model, ids, targets, positions, counts, generator):
-        seen.append(generator.initial_seed())
+        seen.append((generator.initial_seed(), *positions.tolist()))
         return train.thought_loss(model, ids, targets, positions, counts, generator)
 
     changed = partial(train.train_thoughts, loss_of=loss_of)
     monkeypatch.setattr(train, "train_thoughts", changed)
     options = "--seed 7 --lr 0.25 --mixing-lr 0.5 --warmup 2 --cooldown 0 --weight-decay 0.125"
-    run(tmp_path, options)
-    assert set(seen) == {7}
+    run(tmp_path, options + " --positions 14")
+    assert set(seen) == {(7, *range(14))}
     rates = [line["lr"] for (stage, _), line in losses(tmp_path).items() if stage == "quiet_star"]
     assert rates == [0.125, 0.25, 0.25, 0.25]
     state = torch.load(tmp_path / "quiet_star" / "training_state.pt", weights_only=True)
@@ -225,6 +255,25 @@ def test_the_learning_rate_rises_and_falls(tmp_path, monkeypatch):
     last = [rates["quiet_star", step] for step in range(1, 7)]
     assert last == pytest.approx([0.25, 0.5, 0.5, 0.5, 1 / 3, 1 / 6])
     assert [rates["base", step] for step in (1, 2, 6)] == pytest.approx([5e-4, 1e-3, 1e-3])
+
+
+def test_a_rate_that_rises_and_falls_at_once_is_the_lower_one():
+    """As in the default run: warm-up in 4 steps of 6, cool-down in all."""
+    optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "peak_lr": 12.0}])
+    settings, rates = train.Settings(steps=6, warmup=4, cooldown=1.0), []
+    for step in range(6):
+        train.set_learning_rates(optimizer, step, settings)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([3, 6, 8, 6, 4, 2])
+
+
+@pytest.mark.parametrize(("given", "rate"), [(None, 1e-6), (0.0, 0.0)])
+def test_the_whole_mixing_head_has_a_rate_of_its_own(given, rate):
+    model = tiny_quiet_star()
+    rest, head = train.make_optimizer(model, train.Settings(mixing_lr=given)).param_groups
+    assert (rest["peak_lr"], head["peak_lr"]) == (1e-6, rate)
+    assert [*map(id, head["params"])] == [*map(id, model.mixing_head.parameters())]
+    assert len(rest["params"] + head["params"]) == len([*model.parameters()])
 
 
 def test_gradients_are_clipped(tmp_path):
@@ -467,7 +516,7 @@ def test_memory_is_counted_before_training(tmp_path, monkeypatch, checkpoint, ca
         raise ValueError("a step needs more")
 
     monkeypatch.setattr(train, "check_memory", check_memory)
-    options = f"{checkpoint} --context 16 --thought-length 2" + " --fast" * fast
+    options = f"{checkpoint} --context 16 --thought-length 2" + " --fast --checkpointing" * fast
     with pytest.raises(SystemExit) as stopped:
         run(tmp_path / "out", options, small="")
     assert stopped.value.code == 2
@@ -477,17 +526,33 @@ def test_memory_is_counted_before_training(tmp_path, monkeypatch, checkpoint, ca
     [(shape, *settings, path, device)] = seen
     assert shape == load_mistral(tmp_path / "pretrained").config
     assert (settings, device) == ([2, 16], torch.device("cpu"))
-    assert (path is not None) == fast
+    assert getattr(path, "keywords", None) == ({"checkpointing": True} if fast else None)
 
 
-def test_preset(tmp_path, monkeypatch, checkpoint):
+@pytest.mark.parametrize(
+    ("preset", "settings", "thoughts"),
+    [
+        (
+            "mistral-7b",
+            {"fast": True, "dtype": "bfloat16", "masters": False, "checkpointing": True}
+            | {"micro_batch": 1},
+            {},
+        ),
+        (
+            "small",
+            {"micro_batch": 1, "positions": 32, "lr": 3e-5, "mixing_lr": 3e-4, "cooldown": 0.5},
+            {"embedding_scale": 1.0, "reinforce_temperature": 1.0, "policy_weight": 10.0},
+        ),
+    ],
+)
+def test_preset(tmp_path, monkeypatch, checkpoint, preset, settings, thoughts):
     """Its memory is counted, too."""
     monkeypatch.setattr(train, "check_memory", memory.check_memory)
-    options = " --preset mistral-7b --steps 1 --context 16 --thought-length 1 --n-true 1"
+    options = f" --preset {preset} --steps 1 --context 34 --thought-length 1 --n-true 1"
     run(tmp_path / "out", checkpoint + options, small="")
-    saved = json.loads((tmp_path / "out" / "settings.json").read_text())["settings"]
-    assert (saved["dtype"], saved["micro_batch"], saved["checkpointing"]) == ("bfloat16", 1, True)
-    assert not saved["masters"]
+    saved = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert saved["settings"] == saved["settings"] | settings
+    assert saved["thoughts"] == saved["thoughts"] | thoughts
 
 
 def test_tricks_need_fast(tmp_path, checkpoint, capsys):
@@ -530,6 +595,14 @@ def test_runs_get_their_own_folders(tmp_path, monkeypatch):
     ("options", "message"),
     [
         ("--steps 0", "steps is 0; it must be at least 1"),
+        ("--batch-size 0", "batch_size is 0; it must be at least 1"),
+        ("--micro-batch 0", "micro_batch is 0; it must be at least 1"),
+        ("--positions 0", "positions is 0; it must be at least 1"),
+        ("--save-every 0", "save_every is 0; it must be at least 1"),
+        ("--warmup -1", "warmup is -1; it must be at least 0"),
+        ("--base-steps -1", "base_steps is -1; it must be at least 0"),
+        ("--mixing-lr -1", "mixing_lr is -1.0; it must be between 0 and 100"),
+        ("--weight-decay -1", "weight_decay is -1.0; it must be between 0 and 100"),
         ("--n-thoughts 0", "n_thoughts is 0; it must be between 1 and 10000"),
         ("--base-weight 2", "base_weight is 2.0; it must be between 0 and 1"),
         ("--lr -1", "lr is -1.0; it must be between 0 and 100"),
@@ -583,7 +656,8 @@ def test_a_thinking_model_thinks_on(tmp_path):
     run(tmp_path / "first")
     folder = tmp_path / "first" / "quiet_star"
     first = load_quiet_star(folder)
-    small = f"--steps 1 --lr 0 --mixing-lr 0 --context 16 --positions 6 --checkpoint {folder} "
+    small = "--steps 1 --lr 0 --mixing-lr 0 --context 16 --positions 6 --work 0.5"
+    small += f" --checkpoint {folder} "
     run(tmp_path / "same", small=small)
     same_weights(folder, tmp_path / "same" / "quiet_star")
     assert load_quiet_star(tmp_path / "same" / "quiet_star").config == first.config
@@ -602,12 +676,12 @@ def test_a_thinking_model_thinks_on(tmp_path):
 
 def test_a_model_with_ids_of_its_own_thinks_on(tmp_path):
     """As the authors', whose start and end are the last two tokens of the vocabulary."""
-    first = tiny_quiet_star(V=260, start_id=258, end_id=259)
+    first = tiny_quiet_star(V=260, start_id=258, end_id=259, init_id=257)
     save_quiet_star(first, tmp_path)
     save_byte_tokenizer(tmp_path)
     settings, thoughts = train.Settings(checkpoint=str(tmp_path)), ThoughtConfig()
     again = train.thinking_model(settings, thoughts, tmp_path / "run", torch.device("cpu"))
-    assert again.config == replace(thoughts, start_id=258, end_id=259)
+    assert again.config == replace(thoughts, start_id=258, end_id=259, init_id=257)
 
 
 def test_paths_are_kept_from_the_root_on(tmp_path, monkeypatch, checkpoint):
@@ -622,7 +696,7 @@ def test_paths_are_kept_from_the_root_on(tmp_path, monkeypatch, checkpoint):
 def test_held_out_text_is_the_same_for_every_seed_and_none_of_it_comes_twice(
     tmp_path, monkeypatch, checkpoint
 ):
-    """Of 60 tokens there are 3 sequences of 16, though 16 are asked for."""
+    """Of 60 tokens there are 5 sequences of 12, though 16 are asked for."""
     (tmp_path / "held_out.txt").write_text("One and one is two! " * 3)
     seen = []
 
@@ -632,11 +706,30 @@ def test_held_out_text_is_the_same_for_every_seed_and_none_of_it_comes_twice(
 
     monkeypatch.setattr(train.evaluation, "text_nll", text_nll)
     for seed in (0, 7):
-        options = f"{checkpoint}{FEW} --steps 1 --eval-data {tmp_path / 'held_out.txt'}"
+        options = f"{checkpoint}{FEW} --context 12 --steps 1"
+        options += f" --eval-data {tmp_path / 'held_out.txt'}"
         run(tmp_path / str(seed), f"{options} --eval-every 1 --seed {seed}", small="")
     assert torch.equal(*seen)
-    assert seen[0].shape == (3, 16)
-    assert len(seen[0].unique(dim=0)) == 3
+    assert seen[0].shape == (5, 12)
+    assert len(seen[0].unique(dim=0)) == 5
+
+
+def test_the_base_model_has_settings_of_its_own(tmp_path, monkeypatch):
+    """Of those given it takes only steps, context and what concerns the run's folder."""
+    seen = []
+
+    def note(model, loss_of, optimizer, tokens, settings, n_true, folder, look, **more):
+        seen.append((settings, n_true, more))
+        raise ValueError("seen")
+
+    monkeypatch.setattr(train, "train", note)
+    monkeypatch.setattr(train, "BASE_SETTINGS", BASE_SETTINGS)
+    given = "--fast --dtype bfloat16 --no-masters --checkpointing --compile --micro-batch 1 --lr 1"
+    with pytest.raises(SystemExit):
+        run(tmp_path, given + " --warmup 3 --cooldown 0.25 --base-steps 5 --mixing-lr 3e-3")
+    own = {"batch_size": 16, "lr": 1e-3, "warmup": 50, "cooldown": 0.0}
+    shared = {"steps": 5, "base_steps": 5, "context": 16, "save_every": 2, "mixing_lr": 3e-3}
+    assert seen == [(train.Settings(**own, **shared), 1, {"look_every": 50})]
 
 
 def test_the_base_model_of_the_built_in_corpus_is_trained_in_float32(tmp_path):
@@ -683,13 +776,16 @@ def test_a_run_is_never_overwritten(tmp_path, capsys):
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_loss_that_is_no_number_stops_the_run(tmp_path, capsys, monkeypatch):
-    loss = train.language_loss
-    nan = torch.tensor(math.nan)
-    monkeypatch.setattr(train, "language_loss", lambda *given: (loss(*given)[0], {"loss": nan}))
+@pytest.mark.parametrize(("metric", "factor"), [(math.nan, 1.0), (1.0, math.nan)])
+def test_a_loss_or_gradient_that_is_no_number_stops_the_run(
+    tmp_path, capsys, monkeypatch, metric, factor
+):
+    loss, seen = train.language_loss, {"loss": torch.tensor(metric)}
+    monkeypatch.setattr(train, "language_loss", lambda *given: (factor * loss(*given)[0], seen))
     with pytest.raises(SystemExit):
         run(tmp_path)
-    assert "the last checkpoint is kept" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "step 1 of base: loss" in error and "the last checkpoint is kept" in error
 
 
 def test_unknown_option(capsys):
