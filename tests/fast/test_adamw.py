@@ -71,21 +71,27 @@ def test_second_moment_decays():
     assert torch.equal((nearest * 0.999).bfloat16(), nearest)
 
 
-def test_masters_are_torchs_adamw():
-    """With float32 masters the numbers are those of torch.optim.AdamW on float32 weights."""
+@pytest.mark.parametrize(
+    ("dtype", "masters"),
+    [(torch.bfloat16, True), (torch.float32, True), (torch.float32, False)],
+)
+def test_masters_and_float32_weights_are_torchs_adamw(dtype, masters):
+    """The numbers are those of torch.optim.AdamW on float32 weights."""
     torch.manual_seed(0)
     start, gradients = torch.randn(50).bfloat16(), torch.randn(5, 50).bfloat16()
-    ours = torch.nn.Parameter(start.clone())
+    ours = torch.nn.Parameter(start.to(dtype, copy=True))
     theirs = torch.nn.Parameter(start.float())
     optimizers = (
-        BFloat16AdamW([{"params": [ours], "lr": 1e-2}], masters=True, weight_decay=0.1),
+        BFloat16AdamW([{"params": [ours], "lr": 1e-2}], masters=masters, weight_decay=0.1),
         torch.optim.AdamW([theirs], lr=1e-2, weight_decay=0.1),
     )
     for gradient in gradients:
-        ours.grad, theirs.grad = gradient, gradient.float()
+        ours.grad, theirs.grad = gradient.to(dtype), gradient.float()
         for optimizer in optimizers:
             optimizer.step()
-    assert (optimizers[0].state[ours]["master"] - theirs.detach()).abs().max() < 1e-6
+    found = optimizers[0].state[ours].get("master", ours)
+    assert found.dtype == torch.float32
+    assert (found - theirs).abs().max() < 1e-6
 
 
 def test_processes_round_differently(monkeypatch):
@@ -103,12 +109,14 @@ def test_processes_round_differently(monkeypatch):
 
 @pytest.mark.parametrize("masters", [True, False])
 def test_state_survives_saving(masters):
+    """That of the weight that has a gradient; the other one stays as it is."""
+    idle = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
     weight = torch.nn.Parameter(torch.ones(100, dtype=torch.bfloat16))
     weight.grad = torch.full_like(weight, 0.1)
-    optimizer = BFloat16AdamW([weight], masters=masters, weight_decay=0.0)
+    optimizer = BFloat16AdamW([weight, idle], masters=masters, weight_decay=0.5)
     optimizer.step()
     saved, twin = copy.deepcopy(optimizer.state_dict()), torch.nn.Parameter(weight.detach().clone())
-    other = BFloat16AdamW([twin], masters=masters, weight_decay=0.0)
+    other = BFloat16AdamW([twin, idle], masters=masters, weight_decay=0.0)
     other.load_state_dict(saved)
     for name, value in optimizer.state[weight].items():
         assert torch.equal(torch.as_tensor(value), torch.as_tensor(other.state[twin][name])), name
@@ -117,3 +125,4 @@ def test_state_survives_saving(masters):
     optimizer.step()
     other.step()
     assert torch.equal(weight, twin)
+    assert (idle == 1).all()
