@@ -33,7 +33,10 @@ def few(monkeypatch):
 
 
 def test_puzzles(folder):
-    """Every held-out puzzle, as a prompt that ends with "=" and has no explanation in it."""
+    """Every held-out puzzle, as a prompt that ends with "=" and has no explanation in it.
+
+    Before it stand three puzzles of the training with their answers, each on its line.
+    """
     tokenizer = load_tokenizer(folder)
     puzzles = evaluation.held_out_puzzles(tokenizer, torch.device("cpu"), repeats=2)
     assert len(puzzles.ids) == 2 * 146
@@ -42,9 +45,13 @@ def test_puzzles(folder):
         text = tokenizer.decode(row)
         assert text.endswith("=")
         assert "—" not in text
-        moves = [int(move) for move in text.split("\n")[-1][:-1]]
-        assert corpus.is_held_out(moves)
-        assert sum(moves) % 3 == answer
+        begin, *before, last = text.split("\n")
+        assert (begin, len(before)) == ("", 3)
+        for line, held_out in ((last + str(answer), True), *((line, False) for line in before)):
+            *moves, _, said = line
+            assert corpus.is_held_out(moves) == held_out
+            assert sum(map(int, moves)) % 3 == int(said)
+        moves = [int(move) for move in last[:-1]]
         asked.add(tuple(moves))
     assert len(asked) == 146
     assert tokenizer.decode(puzzles.candidates.tolist()) == "012"
@@ -66,44 +73,69 @@ def test_an_aside_begun_right_begins_with_the_first_letter(folder, few, monkeypa
         assert other == one + str(moves[0])
 
 
+@pytest.mark.parametrize("begun", [False, True])
+def test_an_aside_is_written_token_by_token(folder, few, begun):
+    """The likeliest token of all, six times with the given one; the answer stands after a dash."""
+    model, tokenizer = load_quiet_star(folder).model, load_tokenizer(folder)
+    puzzles = evaluation.held_out_puzzles(tokenizer, torch.device("cpu"), repeats=1)
+    written, logits = evaluation.write_aside(model, puzzles, tokenizer, begun)
+    dash = torch.full((15, 1), 257)
+    text = torch.cat([puzzles.ids, dash, puzzles.work[:, :begun]], 1)
+    while text.shape[1] < puzzles.ids.shape[1] + 1 + 6:
+        text = torch.cat([text, model(text)[:, -1:].argmax(-1)], 1)
+    assert torch.equal(written, text[:, -6:])
+    assert (logits - model(torch.cat([text, dash], 1))[:, -1]).abs().max() < 1e-5
+
+
 def test_glance(folder, few):
     """A share of a third of the puzzles, and the greedy thought about the last of them."""
     model, tokenizer = load_quiet_star(folder), load_tokenizer(folder)
     line, enough, metrics = evaluation.look_at_puzzles(model, tokenizer)
     assert (enough, metrics) == (False, {})
     puzzles = evaluation.held_out_puzzles(tokenizer, torch.device("cpu"), repeats=1)
-    last = puzzles._replace(ids=puzzles.ids[-1:])
+    last = puzzles._replace(ids=puzzles.ids[-1:], answers=puzzles.answers[-1:])
     prediction = evaluation.predict_answers(model, last, None)
-    thought = tokenizer.spell(prediction.thought_ids[0].tolist())
-    assert line.endswith(f"it thinks {thought}")
-    assert "% right; after" in line
+    answered = torch.cat([last.ids[0], last.candidates[last.answers]])
+    slow = think_slowly(model, answered, len(answered) - 2, None)
+    assert prediction.thought_ids[0].tolist() == slow["ids"]
+    assert evaluation.score(prediction.logits, last).logp == pytest.approx(-slow["nll"][0].item())
+    asked = tokenizer.decode(last.ids[0].tolist()).split("\n")[-1]
+    every = evaluation.predict_answers(model, puzzles, None)
+    right = [evaluation.score(x, puzzles).right for x in (every.logits, every.base_logits)]
+    assert right[0] != right[1]
+    thought = tokenizer.spell(slow["ids"])
+    share = f"{100 * right[0]:3.0f}"
+    assert line == f"greedy thoughts {share} % right; after {asked} it thinks {thought}"
 
 
 @pytest.mark.parametrize(
-    ("right", "aside", "enough"),
+    ("right", "aside", "count", "enough"),
     [
-        (0.99, "mmmmmm", False),
-        (1.0, "mmmmmm", True),
-        (1.0, "nnnnnn", False),
-        (1.0, "mmmmmn", False),
+        (0.99, "mmmmmm", 146, False),
+        (1.0, "mmmmmm", 146, True),
+        (1.0, "mmmmmm", 145, True),
+        (1.0, "mmmmmm", 144, False),
+        (1.0, "nnnnnn", 146, False),
+        (1.0, "mmmmmn", 146, False),
     ],
 )
 def test_a_base_model_is_trained_enough_when_it_hums_and_can_work(
-    folder, monkeypatch, right, aside, enough
+    folder, monkeypatch, right, aside, count, enough
 ):
-    """An aside hums only if all of its letters are m."""
+    """An aside hums only if all of its letters are m; it can work if begun right."""
     model, tokenizer = load_quiet_star(folder).model, load_tokenizer(folder)
-    said = torch.tensor([tokenizer.encode(aside)] * 146)
-    monkeypatch.setattr(evaluation, "write_aside", lambda *_, begun: (said, None))
-    monkeypatch.setattr(evaluation, "score", lambda *_: evaluation.Score(right, 0.0))
-    share = "100" if aside == "mmmmmm" else "  0"
-    line = f"{share} % of asides hum; begun right, {100 * right:3.0f} % lead to the answer"
+    said = torch.tensor([tokenizer.encode(aside)] * count + [[0] * 6] * (146 - count))
+    written = {False: (said, 0.5), True: (said * 0, right)}
+    monkeypatch.setattr(evaluation, "write_aside", lambda *_, begun: written[begun])
+    monkeypatch.setattr(evaluation, "score", lambda share, _: evaluation.Score(share, 0.0))
+    hums = 100 * count / 146 if aside == "mmmmmm" else 0
+    line = f"{hums:3.0f} % of asides hum; begun right, {100 * right:3.0f} % lead to the answer"
     assert evaluation.look_at_puzzles(model, tokenizer) == (line, enough, {})
 
 
 def test_score_by_hand():
     puzzles = evaluation.Puzzles(None, torch.tensor([0, 2]), None, torch.tensor([1, 2, 3]), 0)
-    logits = torch.tensor([[9.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]])
+    logits = torch.tensor([[9.0, 1.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]])
     score = evaluation.score(logits, puzzles)
     assert score.right == 0.5  # token 0 is likelier than all, and no candidate
     expected = (1 - math.log(math.exp(9) + math.e + 2) - math.log(3 + math.e)) / 2
@@ -148,8 +180,12 @@ def test_the_thoughts_of_the_table(folder, few, monkeypatch):
     assert model.start_id != model.end_id
     assert (pause == model.start_id).all()
     assert torch.equal(sampled, evaluation.sampled_thoughts(model, puzzles.ids))
-    other = predict(model, puzzles, shuffled)
-    assert table["shuffled thoughts"] == evaluation.score(other.logits, puzzles)
+    for name, logits in (
+        ("shuffled thoughts", predict(model, puzzles, shuffled).logits),
+        ("greedy thoughts", predict(model, puzzles, greedy).logits),
+        ("answers at once", model.model(puzzles.ids)[:, -1]),
+    ):
+        assert table[name] == pytest.approx(evaluation.score(logits, puzzles))
 
 
 def test_sampled_thoughts_follow_the_last_token():
@@ -171,9 +207,9 @@ def test_sampled_thoughts_are_sampled_at_temperature_1():
     assert (shares - expected).abs().max() < 0.018  # five standard deviations
 
 
-@pytest.mark.parametrize("length", [13, 15])
+@pytest.mark.parametrize("length", [13, 14, 15])
 def test_text_nll_equals_thinking_slowly(length):
-    """Sequences of 6, 6 and 3 tokens, or of 1, which has no target; one token is no target."""
+    """Sequences of 6, 6 and 3 or 2 tokens, or 1, which has no target; one token is no target."""
     model = tiny_quiet_star(n_thoughts=2)
     ids = random_ids(1, length)[0]
     is_target = torch.ones(length, dtype=torch.bool)
@@ -193,6 +229,8 @@ def test_text_nll_equals_thinking_slowly(length):
     assert (talk - torch.stack(expected_talk)).abs().max() < 1e-5
     assert (unsure - torch.stack(expected_unsure)).abs().max() < 1e-5
     assert model.config.n_thoughts == 2
+    with pytest.raises(ValueError, match=f"a text of {length} tokens has nothing to predict"):
+        evaluation.text_nll(model, ids, is_target & False, context=6)
 
 
 def test_entropy_of_a_bfloat16_model_is_computed_in_float32():
@@ -229,11 +267,13 @@ def test_dtype_is_that_of_the_computation(folder, few, monkeypatch, capsys):
 def test_difficulty_of_a_third_model():
     """Bins by nll 4, 3, 2, 1: the first two tokens are the hard ones."""
     base, talk, by = torch.tensor([[1.0, 2, 3, 4], [0.5, 1, 3, 4], [4.0, 3, 2, 1]])
-    lines = evaluation.show_text(base, talk, by, bins=2).splitlines()[2:]
-    assert [line.split()[3:] for line in lines] == [
-        ["2", "3.5000", "3.5000", "+0.0000"],
-        ["2", "1.5000", "0.7500", "+0.7500"],
+    perplexities, _, *lines = evaluation.show_text(base, talk, by, bins=2).splitlines()
+    assert [line.split() for line in lines] == [
+        ["1.000", "..", "2.000", "2", "3.5000", "3.5000", "+0.0000"],
+        ["3.000", "..", "4.000", "2", "1.5000", "0.7500", "+0.7500"],
     ]
+    # e ** 2.5 and e ** 2.125
+    assert perplexities == "4 tokens; perplexity 12.182 without thoughts, 8.373 with"
 
 
 def test_text_report(folder, tmp_path, capsys):
@@ -307,6 +347,10 @@ def test_logits_that_are_not_finite_are_refused(folder, tmp_path, capsys, evalua
         (["--model", "nowhere"], "nowhere is not a checkpoint"),
         (["--text", "nowhere.txt"], "cannot read nowhere.txt"),
         (["--context", "8"], "--context means nothing without --text"),
+        (["--max-tokens", "8"], "--max-tokens means nothing without --text"),
+        (["--limit", "8"], "--limit means nothing without --task"),
+        (["--out", "x"], "--out means nothing without --task"),
+        (["--text", "x", "--context", "1"], "context is 1; it must be at least 2"),
         (["--text", "x", "--max-tokens", "0"], "max_tokens is 0; it must be at least 2"),
     ],
 )

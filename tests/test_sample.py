@@ -2,10 +2,12 @@
 
 import io
 import json
+import math
 import re
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny import random_ids, think_slowly, tiny_mistral, tiny_quiet_star
 
 import sample
@@ -48,7 +50,7 @@ def test_thinking_generation_equals_recomputation(K, window):
 
 
 @pytest.mark.parametrize("meta", [{}, {"start_id": 3, "end_id": 4}])
-def test_thinking_only_where_the_prediction_is_unsure(meta):
+def test_thinking_only_where_the_prediction_is_unsure(meta, monkeypatch):
     """At 0 as ever, at infinity as the plain model; between, by the entropy of each row."""
     model, ids = tiny_quiet_star(**meta), random_ids(2, 6)
     always = generate(model, ids, 8, temperature=0)
@@ -72,8 +74,19 @@ def test_thinking_only_where_the_prediction_is_unsure(meta):
     assert torch.allclose(mixed[thinks], prediction.logits[thinks])
     assert torch.allclose(mixed[~thinks], logits[~thinks], atol=1e-5)
     assert cache.length == 6
+    monkeypatch.setattr(sample, "entropy", lambda _: torch.tensor([1.0, 2.0]))
+    cache.truncate(5)
+    mixed, prediction = sample.predict(model, ids[:, -1], cache, 2.0)  # as unsure as is asked for
+    assert torch.allclose(mixed, torch.stack([logits[0], prediction.logits[1]]), atol=1e-5)
     with pytest.raises(ValueError, match="think_above is -1"):
         generate(model, ids, 1, think_above=-1.0)
+
+
+def test_logits_without_a_thought_are_float32_for_bfloat16_weights():
+    """The head is evaluated in float32, as it is for logits with a thought."""
+    model, ids = tiny_quiet_star().bfloat16(), random_ids(2, 6)
+    logits, _ = sample.predict(model, ids[:, -1], sample.read_ids(model, ids[:, :-1]), 1e9)
+    assert (logits.bfloat16() != logits).any()
 
 
 def test_entropy_by_hand():
@@ -133,6 +146,7 @@ def test_nucleus_by_hand():
         [False, True, True, True],
         [True, True, True, True],
     ]
+    assert nucleus(torch.zeros(1, 2), 0.5).isfinite().sum() == 1  # one token reaches it exactly
 
 
 @pytest.mark.parametrize(
@@ -140,6 +154,8 @@ def test_nucleus_by_hand():
     [
         ({"temperature": -1.0}, "temperature is -1"),
         ({"temperature": 1e-40}, "temperature is 1e-40; it must be 0"),
+        ({"temperature": math.inf}, "temperature is inf"),
+        ({"think_above": math.nan}, "think_above is nan"),
         ({"top_p": 0.0}, "top_p is 0"),
         ({"max_new_tokens": -1}, "max_new_tokens is -1"),
         ({"ids": torch.zeros(1, 0, dtype=torch.long)}, "at least one token"),
@@ -261,6 +277,7 @@ def test_options_of_sampling_are_heard(folders, capsys):
     assert greedy == text("--greedy", "--seed", "1") == text("--temperature", "0")
     assert greedy == text("--top-p", "1e-9", "--seed", "2")
     assert text() != text("--seed", "1")
+    assert text("--show-thoughts", "--think-above", "1e9").count("  no thought\n") == 16
 
 
 @pytest.mark.parametrize(
@@ -271,6 +288,7 @@ def test_options_of_sampling_are_heard(folders, capsys):
         (["--top-p", "2"], "top_p is 2.0"),
         (["--show-thoughts"], "no thoughts to show"),
         (["--samples", "0"], "--samples must be at least 1"),
+        (["--seed", "-1"], "--seed a whole number from 0"),
         (["--device", "abacus"], "--device abacus cannot be used"),
     ],
 )
@@ -358,6 +376,17 @@ def test_dtype_on_a_cpu(tmp_path, monkeypatch, capsys, kept, asked, share, taken
         assert re.search(r"needs 0\.\d GB in .* and 0\.\d GB of memory are free", line)
 
 
+def test_a_file_of_several_dtypes_has_that_of_its_largest_tensor(tmp_path, monkeypatch):
+    """Of 11 numbers; a tenth more than their 22 bytes in bfloat16 is needed."""
+    tensors = {"a": torch.zeros(2), "b": torch.zeros(9, dtype=torch.bfloat16)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    monkeypatch.setattr(checkpoints, "free_memory", lambda device: 25)
+    assert checkpoints.dtype_that_fits(tmp_path, None) == torch.bfloat16
+    monkeypatch.setattr(checkpoints, "free_memory", lambda device: 24)
+    with pytest.raises(ValueError, match="GB of memory are free"):
+        checkpoints.dtype_that_fits(tmp_path, None)
+
+
 def test_free_memory_is_what_is_available(tmp_path, monkeypatch):
     """Not what is unused: the system gives caches back. Its kB are 1024 bytes."""
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemFree: 3 kB\nMemAvailable:   5 kB\n")
@@ -365,7 +394,7 @@ def test_free_memory_is_what_is_available(tmp_path, monkeypatch):
     assert device.free_memory(torch.device("cpu")) == 5 * 1024
 
 
-def test_special_tokens_of_a_prompt(tmp_path):
+def test_special_tokens_of_a_prompt(tmp_path, monkeypatch):
     save_byte_tokenizer(tmp_path)
     document = json.loads((tmp_path / "tokenizer.json").read_text())
     document["added_tokens"] = [{"id": 258, "content": "<|end|>", "special": True}]
@@ -377,8 +406,10 @@ def test_special_tokens_of_a_prompt(tmp_path):
     for special in (False, True):
         sample.write(model, tokenizer, "<|end|>", 1, special=special, temperature=0)
     assert seen == [[[ord(">")]], [[258]]]
+    monkeypatch.setattr(sample, "load", lambda *_: (model, tokenizer))
     options = ["--model", str(tmp_path), "--prompt", "<|end|>", "--device", "cpu", "--special"]
     sample.main([*options, "--max-new-tokens", "1"])
+    assert seen[2:] == [[[258]]]
 
 
 def test_tokenizer_of_another_model(folders, tmp_path, capsys):

@@ -136,7 +136,7 @@ def test_bootstrap_by_hand():
     """Two draws of 0 and 1: their mean is 0 or 1 in a quarter of the resamples each."""
     assert bootstrap_interval(np.array([0.0, 1.0])) == (0.0, 1.0)
     assert bootstrap_interval(np.array([0.25] * 7)) == (0.25, 0.25)
-    values = np.arange(10.0)
+    values = np.arange(10.0) ** 1.5  # no two resamples have the same mean
     assert bootstrap_interval(values) == bootstrap_interval(values)
 
 
@@ -287,9 +287,11 @@ def script(monkeypatch, *texts):
 def test_writing_ends_at_stop_eos_and_what_is_no_token(tokenizer, monkeypatch):
     script(monkeypatch, " 5\n6", " 5|6", " 5%6", " 567")
     tokenizer.eos_id = ord("|")
-    model = tiny_quiet_star(V=258)
-    written = sample.write(model, tokenizer, "A:", 4, samples=4, stop=re.compile("\n"))
+    model, rows, how = tiny_quiet_star(V=258), [], {"samples": 4, "stop": re.compile("\n")}
+    how["watch"] = lambda row, token, prediction: rows.append(row)
+    written = sample.write(model, tokenizer, "A:", 4, **how)
     assert written == [" 5", " 5", " 5", " 567"]
+    assert [rows.count(row) for row in range(4)] == [3, 2, 2, 4]  # and nothing after the end
 
 
 def test_what_generation_is_asked_for(monkeypatch):
@@ -390,9 +392,11 @@ def test_results_and_table(folder, five, tmp_path, capsys):
 
 
 def test_results_are_named_after_the_model_without_out(folder, five, tmp_path, monkeypatch):
+    """After its folder, wherever it is read from."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(folder)
     options = ["--task", five.stem, "--data", str(five), "--device", "cpu"]
-    evaluation.main(["--model", str(folder), *options])
+    evaluation.main(["--model", "link", *options])
     out = tmp_path / "runs" / f"{folder.parent.name}-{folder.name}-{five.stem}.jsonl"
     assert len(out.read_text().splitlines()) == 1 + 5
 

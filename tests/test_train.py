@@ -321,6 +321,8 @@ def checkpoint(tmp_path):
 
 
 def test_a_checkpoint_with_the_papers_settings(tmp_path, checkpoint):
+    """All files of its tokenizer go along."""
+    (tmp_path / "pretrained" / "tokenizer_config.json").write_text("{}")
     run(tmp_path / "out", checkpoint + " --steps 2 --context 16 --micro-batch 3", small="")
     saved = json.loads((tmp_path / "out" / "settings.json").read_text())
     thoughts, settings = saved["thoughts"], saved["settings"]
@@ -333,6 +335,7 @@ def test_a_checkpoint_with_the_papers_settings(tmp_path, checkpoint):
     assert (thoughts["base_weight"], thoughts["drop_negative"]) == (0.5, True)
     model = load_quiet_star(tmp_path / "out" / "quiet_star")
     assert generate(model, random_ids(1, 4), 3).shape == (1, 7)
+    assert all((tmp_path / x / "tokenizer_config.json").exists() for x in ("out", "out/quiet_star"))
 
 
 def test_a_vocabulary_without_the_em_dash(tmp_path, checkpoint, capsys):

@@ -95,12 +95,14 @@ def test_tensors_of_no_use_or_of_no_floating_point(broken):
         load_any(broken)
 
 
-@pytest.mark.parametrize("name", ["embed_tokens", "layers.1.self_attn.k_proj", "norm"])
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens", "model.layers.1.self_attn.k_proj", "model.norm", "lm_head"]
+)
 def test_one_dtype_for_a_file_of_several(broken, name):
     """The widest of them, whichever parameter is the narrow one."""
 
     def narrow(weights):
-        weights[f"model.{name}.weight"] = weights[f"model.{name}.weight"].bfloat16()
+        weights[f"{name}.weight"] = weights[f"{name}.weight"].bfloat16()
 
     change_weights(broken, narrow)
     assert {p.dtype for p in load_any(broken).parameters()} == {torch.float32}
@@ -284,17 +286,20 @@ def test_configs_of_other_models(broken, change, message):
         ({"model_type": "llama", "sliding_window": 8, "use_sliding_window": False}, None),
         ({"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": False}, None),
         ({"model_type": "qwen2", "sliding_window": 8}, None),
+        ({"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": None}, None),
         ({"model_type": "qwen3", "sliding_window": 8, "use_sliding_window": True,
           "max_window_layers": 0}, 8),
         ({"model_type": "qwen3", "sliding_window": 8, "use_sliding_window": True,
-          "layer_types": ["sliding_attention"] * 2}, 8),
+          "layer_types": ["sliding_attention"] * 2, "max_window_layers": 28}, 8),
     ],
 )  # fmt: skip
 def test_windows_of_families(broken, given, window):
     config = json.loads((broken / "config.json").read_text())
     config = {name: config[name] for name in config if name != "sliding_window"}
     (broken / "config.json").write_text(json.dumps(config | given))
-    assert read_config(broken).sliding_window == window
+    config = read_config(broken)
+    assert config.sliding_window == window
+    assert not getattr(config, "max_window_layers", 0)  # or it would be refused once it is saved
 
 
 def test_what_a_config_leaves_out_is_as_in_transformers(broken):
