@@ -80,7 +80,7 @@ def test_every_output_and_parameter_is_compared(monkeypatch):
 
 
 def test_what_the_check_compares(monkeypatch):
-    """The plain path and the fast one, on the first tokens of two sequences; then all is applied that was asked."""
+    """Both paths, on the first tokens of two sequences; then all is applied that was asked."""
     calls, ids = [], random_ids(3, 20)
 
     def apply(model, *options):
