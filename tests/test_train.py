@@ -5,7 +5,9 @@ import math
 import shutil
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -284,8 +286,12 @@ def test_gradients_are_clipped(tmp_path):
     assert 0 < torch.cat([moment.flatten() for moment in moments]).norm() < 1e-6
 
 
-def test_metrics_and_files(tmp_path):
+def test_metrics_and_files(tmp_path, monkeypatch):
+    """The clock goes on by a second whenever it is read: once a step."""
+    monkeypatch.setattr(runs, "time", SimpleNamespace(perf_counter=count().__next__))
     run(tmp_path)
+    lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert [line["tokens_per_second"] for line in lines] == [4 * 16] * 4 + [3 * 16] * 4
     last = losses(tmp_path)["quiet_star", 4]
     expected = {
         "loss",
@@ -473,8 +479,8 @@ def test_bfloat16_trains_and_resumes(tmp_path, checkpoint, options):
         raise KilledError
 
     stop = train.nn.utils.clip_grad_norm_
-    count = iter(range(10))
-    train.nn.utils.clip_grad_norm_ = lambda *a: stop(*a) if next(count) < 3 else killed()
+    calls = iter(range(10))
+    train.nn.utils.clip_grad_norm_ = lambda *a: stop(*a) if next(calls) < 3 else killed()
     try:
         with pytest.raises(KilledError):
             run(tmp_path / "killed", settings + " --save-every 3", small="")
@@ -638,6 +644,11 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, options, messag
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_a_position_has_to_think_where_all_may():
+    with pytest.raises(ValueError, match=r"positions is all; of 4 tokens \(context\) 0 have 4"):
+        runs.check_ahead(train.Settings(context=4), ThoughtConfig(n_true=4))
 
 
 def test_options_of_the_built_in_corpus_are_for_it_alone(tmp_path, capsys, checkpoint):

@@ -299,6 +299,13 @@ def test_higher_scores_merge_first(tmp_path):
     assert load_tokenizer(path).encode("abc") == [259, 260, 264]
 
 
+def test_a_model_file_names_bos_and_eos(tmp_path):
+    path, names = tmp_path / "tokenizer.model", ((46, b"</s>"), (47, b"<s>"))
+    path.write_bytes(sentencepiece_file(trainer=((3, 2), (35, 1), *names)))
+    tokenizer = load_tokenizer(path)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (2, 1)
+
+
 BAD_MODELS = {
     "cut off": sentencepiece_file(normalizer=[(4, 0), (7, b"abc")])[:-3],
     "remove_extra_whitespaces is 1": sentencepiece_file(normalizer=()),
@@ -639,16 +646,20 @@ def small_metaspace():
     return document | {"model": document["model"] | {"vocab": vocab, "merges": merges}}
 
 
-@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+@pytest.mark.parametrize("scheme", ["first", "always", "never", None])
 def test_the_space_of_metaspace(tmp_path, scheme):
-    """A space is put before the text, before every part or nowhere, and never a second one."""
-    step = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": scheme}
+    """A space is put before the text, before every part or nowhere, and never a second one.
+
+    None: the file does not say; every part gets one.
+    """
+    step = {"type": "Metaspace", "replacement": "\u2581"}
+    step |= {"prepend_scheme": scheme} if scheme else {}
     document = small_metaspace() | {"normalizer": None, "pre_tokenizer": step}
     (tmp_path / "tokenizer.json").write_text(json.dumps(document))
     small = load_tokenizer(tmp_path)
     with_space, (bare,) = small.encode(" Q"), small.encode("x</s>Q", special=True)[-1:]
     assert (small.encode("Q") == with_space) == (scheme != "never")
-    assert (small.encode("</s>Q", special=True)[1:] == with_space) == (scheme == "always")
+    assert (small.encode("</s>Q", special=True)[1:] == with_space) == (scheme in ("always", None))
     assert with_space[-1] == bare and len(with_space) == 2
     assert small.decode(small.encode("Q </s> Q", special=True)) == "Q  Q"
 
@@ -685,10 +696,10 @@ def test_a_space_is_put_before_every_part(tmp_path):
     assert len(small.encode(" Q")) > len(small.encode("Q"))
 
 
-@pytest.mark.parametrize(("split", "tokens"), [(True, 3), (False, 1)])
-def test_metaspace_splits_at_every_space_or_at_none(tmp_path, split, tokens):
+@pytest.mark.parametrize(("said", "tokens"), [({"split": True}, 3), ({"split": False}, 1), ({}, 3)])
+def test_metaspace_splits_at_every_space_or_at_none(tmp_path, said, tokens):
     """Tokens of several spaces are found only without the split."""
-    metaspace(tmp_path, split=split, prepend_scheme="never")
+    metaspace(tmp_path, prepend_scheme="never", **said)
     path, space = tmp_path / "tokenizer.json", "\u2581"
     document = json.loads(path.read_text())
     document["model"]["vocab"] |= {space * 2: 400, space * 3: 401}
@@ -697,6 +708,23 @@ def test_metaspace_splits_at_every_space_or_at_none(tmp_path, split, tokens):
     small = load_tokenizer(path)
     assert len(small.encode(" " * 3)) == tokens
     assert small.decode(small.encode("Q   Q")) == "Q   Q"
+
+
+def test_an_added_token_that_is_normalized(tmp_path):
+    """Metaspace puts its space after such a token was found; with Replace it is refused."""
+    document = small_metaspace()
+    document["added_tokens"] += [
+        {"id": 400, "content": "<x>", "special": False, "normalized": True, "single_word": False}
+    ]
+    step = {"type": "Metaspace", "replacement": "\u2581"}
+    for normalizer, pre_tokenizer in ((None, step), (REPLACE, None)):
+        changes = {"normalizer": normalizer, "pre_tokenizer": pre_tokenizer}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(document | changes))
+        if normalizer:
+            with pytest.raises(ValueError, match="an added token is normalized"):
+                load_tokenizer(tmp_path)
+        else:
+            assert load_tokenizer(tmp_path).encode("<x>") == [400]
 
 
 def test_a_prepend_scheme_that_is_not_known(tmp_path):
@@ -748,8 +776,10 @@ def test_files_of_a_folder(tmp_path):
         load_tokenizer(tmp_path / "nowhere")
     save_byte_tokenizer(tmp_path)
     assert load_tokenizer(str(tmp_path)).vocab_size == 258
-    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_file())
-    assert load_tokenizer(tmp_path).vocab_size == 259
+    for name, more in ((".v1", 1), (".v3", 3), (".v2", 2), ("", 0)):  # the last version; none
+        pieces = [("abcd"[:n], -float(n)) for n in range(1, more + 1)]
+        (tmp_path / f"tokenizer.model{name}").write_bytes(sentencepiece_file(pieces))
+        assert load_tokenizer(tmp_path).vocab_size == 259 + (3 if name == ".v2" else more)
     assert load_tokenizer(tmp_path / "tokenizer.json").vocab_size == 258
 
 
