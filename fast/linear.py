@@ -32,9 +32,9 @@ def add_product(weight: Tensor, d_out: Tensor, x: Tensor) -> None:
     if not weight.requires_grad:
         return
     if weight.grad is None:
-        weight.grad = (d_out.mT @ x).to(weight.dtype)
+        weight.grad = d_out.mT @ x
     else:
-        weight.grad.addmm_(d_out.mT.to(weight.dtype), x.to(weight.dtype))
+        weight.grad.addmm_(d_out.mT, x)
 
 
 def linear(module: nn.Linear, x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ that of model.py, with FamilyConfig, is refused: the checkpoint would load and g
 
 import math
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import NoReturn
 
@@ -77,8 +77,8 @@ class FamilyConfig(MistralConfig):
     """MistralConfig with the fields that Llama and Qwen checkpoints add."""
 
     rope_scaling: RopeScaling | None = None
-    use_sliding_window: bool = False  # for other tools: whether there is a sliding_window
-    max_window_layers: int = 0  # for other tools: no layer is without the window
+    use_sliding_window: bool = field(init=False)  # for other tools: whether there is a window
+    max_window_layers: int = field(default=0, init=False)  # for other tools: all layers have it
 
     def __post_init__(self):
         super().__post_init__()
@@ -101,7 +101,7 @@ class FamilyConfig(MistralConfig):
 def read_config(folder: str | Path) -> MistralConfig:
     """The config of a checkpoint, from its config.json or else its params.json.
 
-    Raises ValueError if there is none, or if it asks for a computation that is not in model.py.
+    Raises ValueError if there is none, or if it asks for a computation that is not supported.
     """
     folder = Path(folder)
     for name, translate in (("config.json", from_config_json), ("params.json", from_params_json)):
@@ -119,12 +119,13 @@ def read_config(folder: str | Path) -> MistralConfig:
 
 def config_from(kind: type, values: dict, path: Path):
     """A config dataclass from those of the values that are its fields."""
-    known = {field.name: values[field.name] for field in fields(kind) if field.name in values}
+    names = [field.name for field in fields(kind) if field.init]
+    known = {name: values[name] for name in names if name in values}
     return settings_from(kind, known, path)
 
 
 def refuse(path: Path, name: str, value: object) -> NoReturn:
-    """Raise ValueError for a key of a config that asks for something that is not in model.py."""
+    """Raise ValueError for a key of a config that asks for something that is not supported."""
     name = name if name.isidentifier() else short(name)
     raise ValueError(f"{path}: {name:.200} is {short(value)}; this model does not compute that")
 
@@ -168,7 +169,6 @@ def from_config_json(raw: dict, path: Path) -> dict:
     elif window and (first or family == "llama"):
         refuse(path, "sliding_window", window)
     raw |= {"sliding_window": window, "rope_scaling": rope if scaled == "llama3" else None}
-    raw |= {"use_sliding_window": window is not None, "max_window_layers": 0}
     if raw.get("num_key_value_heads") is None:
         raw["num_key_value_heads"] = raw.get("num_attention_heads")
     return raw

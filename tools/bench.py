@@ -316,8 +316,10 @@ def run(options: argparse.Namespace) -> None:
     """Run the chosen benchmark."""
     if options.threads:
         torch.set_num_threads(options.threads)
-    if options.preset and options.what != "operations":
-        raise ValueError(f"--preset is for operations, not for {options.what}")
+    of = {"preset": "operations", "model": "bfloat16", "data": "bfloat16"}
+    of |= {"positions": "steps", "checkpointing": "steps"}
+    for name in [name for name in of if getattr(options, name) and of[name] != options.what]:
+        raise ValueError(f"--{name} is for {of[name]}, not for {options.what}")
     BENCHES[options.what](options)
 
 

@@ -314,8 +314,7 @@ def test_what_a_config_leaves_out_is_as_in_transformers(broken):
 
 
 def test_a_window_of_qwen_survives(tmp_path):
-    how = {"sliding_window": 5, "model_type": "qwen2", "use_sliding_window": True}
-    config = FamilyConfig(23, 16, 32, 1, 4, 2, **how)
+    config = FamilyConfig(23, 16, 32, 1, 4, 2, sliding_window=5, model_type="qwen2")
     save_mistral(Mistral(config), tmp_path)
     assert read_config(tmp_path) == config
 

@@ -103,3 +103,14 @@ def test_bfloat16(tmp_path, capsys):
         assert 0 < float(error) < 0.1 * float(deviation), name
         assert float(correlation) > 0.99, name
     assert "bfloat16 needs --model" in refused(capsys, bench.main, ["bfloat16", "--model", "x"])
+
+
+OTHERS = ["--preset mistral-7b", "--model x", "--data x", "--positions 1"]
+
+
+@pytest.mark.parametrize("option", OTHERS)
+def test_an_option_of_another_bench_is_refused(option, capsys):
+    name, _ = option.split()
+    assert f"{name} is for " in refused(capsys, bench.main, ["generation", *option.split()])
+    error = refused(capsys, bench.main, ["tricks", "--checkpointing"])
+    assert "--checkpointing is for steps" in error
