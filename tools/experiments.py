@@ -87,6 +87,19 @@ EXPERIMENTS = {
     "base-baseline": objective("base as baseline", objectives.base_as_baseline),
     "log-mean": objective("log mean", objectives.log_mean),
     "probability": objective("probability as reward", objectives.probability_reward),
+    "rpt": Experiment("next token likeliest as reward (RPT)", loss=objectives.rpt_loss),
+    "kl": Experiment(
+        "KL to the initial model, 0.1", {}, objectives.kl_loss, objectives.begin_with_reference
+    ),
+    "straight-through": Experiment(
+        "straight-through Gumbel", {"policy_weight": 0.0}, model=objectives.begin_straight_through
+    ),
+    "w0": Experiment("Quiet-STaR, w = 0", model=objectives.begin_without_mixing),
+    "no-base": Experiment("no L_base (base weight 0)", {"base_weight": 0.0}),
+    "rlp-language": objective(  # policy_weight: that of the others times RLP's N / (N - 1)
+        "RLP, all losses kept", objectives.all_advantages, RLP[1], n_true=1, policy_weight=20.0
+    ),
+    "rlp-base": objective("RLP, L_base kept", objectives.rlp_base, RLP[1], n_true=1),
     "rlp": objective("RLP", *RLP, n_true=1),
     "rlp-slow": objective("RLP, a tenth of the learning rate", *RLP, n_true=1, lr=2e-5),
     **{f"K{K}": Experiment(f"K = {K}", {"thought_length": K}) for K in (0, 1, 2, 4, 8, 12)},
@@ -102,6 +115,7 @@ EXPERIMENTS = {
     "N4": Experiment("N = 4", {"n_thoughts": 4}),
     "N4-base": objective("N = 4, base as baseline", objectives.base_as_baseline, n_thoughts=4),
     "init-random": Experiment("random initial start and end", model=objectives.begin_at_random),
+    "squashed": Experiment("w = 1 - sigmoid(MLP - 3)", model=objectives.begin_squashed),
     "scale100": Experiment("embedding scale 100", {"embedding_scale": 100.0}),
     "few-positions": Experiment("4 positions", {"positions": 4}),
     "all-positions": Experiment("all 62 positions", {"positions": 62}),
@@ -120,7 +134,10 @@ TABLES = {  # title: names of the rows
     "Controls. Paper: pause tokens, with the same computation, help little.":
         "base none pause random policy0 full",
     "Other objectives (tools/objectives.py).":
-        "full all-advantages base-baseline log-mean probability rlp rlp-slow pause",
+        "full all-advantages base-baseline log-mean probability rpt kl straight-through rlp "
+        "rlp-slow pause",
+    "RLP, one change at a time.":
+        "full all-advantages A1 w0 no-base rlp-language rlp-base rlp rlp-slow",
     "Thought length K. Paper: longer thoughts help.": "K0 K1 K2 K4 full K8 K12",
     "Curriculum of decreasing K and A; a row continues the row above (as Fast Quiet-STaR).":
         "K12-A4 K12-8 K12-8-6 K12-8-6-4",
@@ -128,7 +145,7 @@ TABLES = {  # title: names of the rows
     "Thoughts per position N, and the baseline. Paper: N = 2 brings most of the gain.":
         "N1 base-baseline N4-base full N4",
     "Choices. Paper: em dash, scale 100 (at lr 1e-6), negatives dropped, all positions (here 16).":
-        "full init-random scale100 all-advantages few-positions all-positions",
+        "full init-random scale100 squashed all-advantages few-positions all-positions",
     "Percentage of the asides that work, in both stages; by default 30.":
         "base-50 work-50 base full base-20 work-20 base-15 work-15 base-10 work-10",
     "What helps if only 10 % of the asides work?":

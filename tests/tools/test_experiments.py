@@ -1,6 +1,7 @@
 """The experiments: controls, costs, tables, and which of them are run again."""
 
 import json
+import math
 import shutil
 from contextlib import contextmanager
 from functools import partial
@@ -24,8 +25,9 @@ from tools import experiments, objectives
 TINY = {"steps": 4, "base_steps": 4, "context": 16, "lr": 1e-3, "save_every": 2}
 RUNS = {  # experiments that are run once for all tests, and the options of train.py that they mean
     "full": "", "A1": "--n-true 1", "few-positions": "--positions 4", "pause": "", "random": "",
-    "none": "", "init-random": "", "rlp": "",
+    "none": "", "init-random": "", "rlp": "", "kl": "", "squashed": "", "straight-through": "",
 }  # fmt: skip
+OWN_MODEL = [x for x in RUNS if experiments.EXPERIMENTS[x].model is not train.thinking_model]
 
 
 @contextmanager
@@ -135,6 +137,14 @@ def test_start_and_end_begin_as_the_em_dash_or_at_random(finished, tmp_path, sma
     assert train.replace(dash.config, init_id=None) == other.config
 
 
+def test_models_begin_with_their_own_mixing_weight_and_loss(finished):
+    for name, w in (("full", 1.0), ("rlp", 0.0), ("squashed", 1 / (1 + math.exp(-3)))):
+        assert losses(finished / "seed0" / name)["quiet_star", 1]["weight"] == pytest.approx(w)
+    line = losses(finished / "seed0" / "straight-through")["quiet_star", 4]
+    assert line["policy_loss"]
+    assert line["loss"] == pytest.approx((line["base_nll"] + line["talk_nll"]) / 2)  # none of it
+
+
 # ------------------------------------------------------------------------------------- the table
 
 
@@ -217,7 +227,7 @@ def test_results_of_another_start_or_loss_are_not_mixed_in(
 @pytest.mark.parametrize(
     ("name", "stopped_at"),
     [(name, 1) for name in ("base", "full", "init-random")]
-    + [(name, 3) for name in ("base", "full", "none", "init-random", "rlp")],
+    + [(name, 3) for name in ("base", "full", "none", *OWN_MODEL)],
 )
 def test_resumed_run_has_the_losses_of_an_uninterrupted_one(
     tmp_path, finished, small, monkeypatch, name, stopped_at
@@ -268,10 +278,10 @@ def test_only_what_has_no_result_is_run(copied, small, monkeypatch):
     assert trained == [(out, "none", 1)]
     assert all(path.read_text() == before[path] for path in results if path != removed)
     assert (out / "tables.md").read_text() == tables
-    assert tables.count("| full Quiet-STaR (N = 2, K = 6, A = 2) | 2 | 1.00 |") == 7
+    assert tables.count("| full Quiet-STaR (N = 2, K = 6, A = 2) | 2 | 1.00 |") == 8
 
 
-@pytest.mark.parametrize("name", [name for name in RUNS if name not in ("init-random", "rlp")])
+@pytest.mark.parametrize("name", [name for name in RUNS if name not in OWN_MODEL])
 def test_an_experiment_is_a_run_of_train(tmp_path, finished, small, monkeypatch, name):
     """The same losses as of `python train.py` with its options, its loss and its own base model."""
     with_its_loss = partial(train.train_thoughts, loss_of=experiments.EXPERIMENTS[name].loss)
