@@ -10,7 +10,6 @@ answer. Options after -- are those of train.py, for all four. Started again, it 
 """
 
 import argparse
-import os
 from functools import partial
 from pathlib import Path
 
@@ -18,19 +17,16 @@ import torch
 
 import eval as evaluation
 import train
-from model import save_mistral
 from support import corpus
 from support.checkpoints import load
 from support.device import pick_device
 from support.files import read_json, write_text
-from support.runs import copy_tokenizer
 from support.terminal import execute, make_parser
 from support.tokenizer import Tokenizer, load_tokenizer
 from thoughts import QuietStar
 from tools import experiments
 from tools.compare import training_options
-from tools.experiments import EXPERIMENTS, same_settings, train_run
-from tools.objectives import plain_loss
+from tools.experiments import EXPERIMENTS, same_settings, train_language, train_run
 
 HUM = " um" * corpus.ASIDE  # instead of the corpus's, of which other tokenizers make few tokens
 LINES = 20_000
@@ -79,16 +75,9 @@ def train_base(checkpoint: str, out: Path, more: dict, device: torch.device, loo
     """Make OUT/hums/model, a plain model that can work in an aside, but hums."""
     kept = {name: more[name] for name in ("seed", "fast", "dtype", "masters") if name in more}
     for name in ("works", "hums"):
-        run, folder = out / name, out / name / "model"
         options = BASE | kept | {"checkpoint": checkpoint, "data": [out / f"{name}.txt"]}
-        same_settings(run / "settings.json", options)
-        if not folder.exists():
-            watch = partial(look, humming=name == "hums")
-            model, new = train_run(options, run, device, plain_loss, watch), run / "model.tmp"
-            save_mistral(model.model, new)
-            copy_tokenizer(run, new)
-            os.replace(new, folder)
-        checkpoint = str(folder)
+        watch = partial(look, humming=name == "hums")
+        checkpoint = str(train_language(options, out / name, device, watch))
 
 
 def measure(folder: Path, device: torch.device) -> dict:

@@ -171,16 +171,15 @@ def difference(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, list[
     return values, np.nanmean(gain, axis=(1, 2)).tolist()
 
 
-def difference_row(first, second, nll: dict) -> list[str]:
-    """The gain of first over second, its interval, that of every seed, the detectable gain."""
-    values, seeds = difference(nll[first], nll[second])
+def difference_row(label: str, first: np.ndarray, second: np.ndarray) -> list[str]:
+    """label, the gain of first over second (see difference), its interval, seeds, detectable."""
+    values, seeds = difference(first, second)
     low, high = bootstrap_interval(values)
     variance = values.var(ddof=1) / len(values)
     if len(seeds) > 1:
         variance += np.var(seeds, ddof=1) / len(seeds)
     each, detectable = " ".join(f"{gain:+.4f}" for gain in seeds), POWER * math.sqrt(variance)
-    label, interval = f"{LABELS[first]} against {LABELS[second]}", f"{low:+.4f} .. {high:+.4f}"
-    return [label, f"{values.mean():+.4f}", interval, each, f"{detectable:.4f}"]
+    return [label, f"{values.mean():+.4f}", f"{low:+.4f} .. {high:+.4f}", each, f"{detectable:.4f}"]
 
 
 def show_task(task: str, answers: dict) -> str:
@@ -221,7 +220,10 @@ def report(found: dict[str, list[dict]], thoughts: str) -> str:
     means = {key: np.nanmean(x, axis=(1, 2)) for key, x in nll.items()}  # [seeds]
     each = {key: " ".join(f"{loss:.4f}" for loss in means[key]) for key in means}
     losses = [[LABELS[key], f"{means[key].mean():.4f}", each[key]] for key in means]
-    gains = [difference_row(*pair, nll) for pair in DIFFERENCES]
+    gains = [
+        difference_row(f"{LABELS[first]} against {LABELS[second]}", nll[first], nll[second])
+        for first, second in DIFFERENCES
+    ]
     parts = [
         f"Held-out text: {targets.sum()} tokens of {len(targets)} sequences; nats per token.",
         markdown(["", "loss", "seeds"], losses),

@@ -30,10 +30,10 @@ import torch
 
 import eval as evaluation
 import train
-from model import check_range
+from model import check_range, save_mistral
 from support import corpus
 from support.files import read_json, write_json, write_text
-from support.runs import make_folder
+from support.runs import copy_tokenizer, make_folder
 from support.terminal import execute, make_parser
 from support.text import tokenize
 from support.tokenizer import load_tokenizer
@@ -216,6 +216,18 @@ def train_run(options: dict, run: Path, device: torch.device, loss: Callable, lo
     """Train with options of train.py in the folder of a run, or continue it. Returns the model."""
     print(f"run {run} on {device}")
     return train.train_thoughts(*train.make_settings(options), run, device, loss, look=look)
+
+
+def train_language(options: dict, run: Path, device: torch.device, look=None) -> Path:
+    """The folder of a plain model, trained with options of train.py in the folder of a run."""
+    same_settings(run / "settings.json", options)
+    folder, new = run / "model", run / "model.tmp"
+    if not folder.exists():
+        model = train_run(options, run, device, objectives.plain_loss, look)
+        save_mistral(model.model, new)
+        copy_tokenizer(run, new)
+        os.replace(new, folder)
+    return folder
 
 
 def perform(job: Job) -> Job:

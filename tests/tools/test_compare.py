@@ -135,11 +135,11 @@ def test_a_difference_by_hand():
     values, seeds = compare.difference(first, second)
     assert values == pytest.approx([0.75 / 1.5, 1 / 1.5])  # (1 + .5) / 2, (.5 + 1.5) / 2
     assert seeds == pytest.approx([1.5 / 3, 2 / 3])
-    keys = ("thoughts", "with"), ("none", "without")
-    row = compare.difference_row(*keys, dict(zip(keys, (first, second), strict=True)))
+    row = compare.difference_row("label", first, second)
     sequences = seeds = 2 * (1 / 12) ** 2 / (2 - 1)
     detectable = 2.8 * math.sqrt(sequences / 2 + seeds / 2)
-    assert row[1:] == ["+0.5833", "+0.5000 .. +0.6667", "+0.5000 +0.6667", f"{detectable:.4f}"]
+    gains = ["+0.5833", "+0.5000 .. +0.6667", "+0.5000 +0.6667"]
+    assert row == ["label", *gains, f"{detectable:.4f}"]
 
 
 def test_a_report_by_hand():
