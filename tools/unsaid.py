@@ -8,8 +8,8 @@ eggs", and what it leaves unsaid is an aside of K tokens, filled up with hums: "
 um um um—18 eggs". A checkpoint learns from text in which half of the results have an aside
 ("taught"). From there it is trained in four ways on text in which a tenth have one: with
 Quiet-STaR, without REINFORCE, with pause tokens, without thoughts. OUT/report.md compares them on
-the solutions of --test. Options after -- are those of train.py, for all. Started again, it
-continues.
+the solutions of --test. Options after -- are those of train.py, for the four ways. Started again,
+it continues.
 """
 
 import argparse
@@ -45,14 +45,15 @@ TEACH = {  # options of train.py, to learn to work in asides
     "steps": 130, "batch_size": 4, "context": 192, "positions": 8, "lr": 2e-4, "cooldown": 0.4,
 }  # fmt: skip
 STUDY = {  # of the four ways
-    "steps": 45, "batch_size": 2, "micro_batch": 1, "context": 384, "positions": 16, "lr": 3e-5,
-    "mixing_lr": 1e-4, "warmup": 5, "cooldown": 0.5, "n_thoughts": 4, "thought_length": K,
+    "steps": 30, "batch_size": 2, "micro_batch": 1, "context": 384, "positions": 12, "lr": 3e-5,
+    "mixing_lr": 1e-4, "warmup": 5, "cooldown": 0.5, "n_thoughts": 2, "thought_length": K,
     "n_true": 2, "embedding_scale": 1.0, "reinforce_temperature": 1.0, "policy_weight": 10.0,
 }  # fmt: skip
-HEAR = STUDY | {  # before: only the mixing head learns
-    "steps": 40, "n_thoughts": 2, "lr": 0.0, "mixing_lr": 2e-4, "cooldown": 0.3,
+HEAR = {  # differences from them while only the mixing head learns
+    "steps": 40, "positions": 16, "lr": 0.0, "mixing_lr": 2e-4, "cooldown": 0.3,
     "policy_weight": 0.0,
 }  # fmt: skip
+FIXED = ("micro_batch", "thought_length")  # options that cannot be given
 TEACHING, SILENT = 0.5, 0.1  # shares of the results that have an aside
 SHOWN = 20  # thoughts in the report
 RESULT = re.compile(r"[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?")
@@ -105,8 +106,8 @@ def encode(solution: Solution, tokenizer, spoken: Callable[[], bool] = lambda: F
 
     Texts, dashes and asides are encoded one by one, so that an aside changes no other token.
     """
-    ids, results, workings = tokenizer.encode(solution.texts[0]), [], []
-    (hum,), dash = tokenizer.encode(HUM), tokenizer.token_id("—")
+    ids, results, workings = tokenizer.encode(solution.texts[0], bos=tokenizer.adds_bos), [], []
+    hum, dash = tokenizer.token_id(HUM), tokenizer.token_id("—")
     for text, working, result in zip(*(solution.texts[1:], *solution[1:]), strict=True):
         aside = tokenizer.encode(working)
         aside = aside + [hum] * (K - len(aside)) if len(aside) <= K else None
@@ -121,13 +122,20 @@ def encode(solution: Solution, tokenizer, spoken: Callable[[], bool] = lambda: F
 def write_tokens(
     solutions: list[Solution], tokenizer, share: float, seed: int, folder: Path
 ) -> None:
-    """Write a folder of tokens for train.py, in which a share of the results has an aside."""
+    """Write a folder of tokens for train.py, in which a share of the results has an aside.
+
+    Raises ValueError if it exists with other tokens.
+    """
     rng, ids, is_target = np.random.default_rng(seed), [], []
     for solution in solutions:
         document = encode(solution, tokenizer, lambda: rng.random() < share).ids
         document += [] if tokenizer.eos_id is None else [tokenizer.eos_id]
         ids += document
         is_target += [False] + [True] * (len(document) - 1)
+    if (folder / MANIFEST).exists():
+        if np.array(ids, np.uint32).tobytes() != (folder / "tokens.bin").read_bytes():
+            raise ValueError(f"{folder} is of other --data or --checkpoint; give another --out")
+        return
     folder.mkdir(parents=True, exist_ok=True)
     np.array(ids, np.uint32).tofile(folder / "tokens.bin")
     np.array(is_target).tofile(folder / "is_target.bin")
@@ -148,17 +156,17 @@ def likely_asides(model: QuietStar, ids: Tensor, targets: Tensor, positions: Ten
     with torch.no_grad():
         logp = model.model(ids)[0, : len(here)].float().log_softmax(-1)  # [T - A, V]
     wanted = logp[:, model.config.init_id]
-    wanted[positions[::4]] = math.inf
-    valid = valid_targets(targets, here, model.config.n_true).all(0)[0]
+    wanted[positions[::4].to(ids.device)] = math.inf
+    valid = valid_targets(targets, here.to(ids.device), model.config.n_true).all(0)[0]
     return wanted.masked_fill(~valid, -math.inf).topk(len(positions)).indices.sort().values
 
 
-def where_asides_are(loss: Callable) -> Callable:
-    """The loss of train.train at likely_asides. A part of the batch is one sequence."""
+def where_asides_are(loss: Callable, batch_size: int) -> Callable:
+    """The loss of train.train at likely_asides. A micro-batch is one sequence."""
 
     def loss_of(model: QuietStar, ids, targets, positions, counts, generator):
         chosen = likely_asides(model, ids, targets, positions)
-        counts = counts[0], STUDY["batch_size"] * len(chosen)
+        counts = counts[0], batch_size * len(chosen)
         return loss(model, ids, targets, chosen, counts, generator)
 
     return loss_of
@@ -223,23 +231,25 @@ def predict_all(model: QuietStar, text: HeldOut, plan: Plan) -> dict[str, dict[s
     or shuffled (the greedy ones of other results, or of other tokens, in the same sequence). The
     last two need greedy before them.
     """
-    once, head = evaluation.thinking_once(model), model.model.lm_head.weight
+    device, head = model.start_embedding.device, model.model.lm_head.weight
+    thinker = evaluation.thinking_once(model)
     found = {name: {"nll": [], "hit": [], "weight": [], "thoughts": []} for name in plan}
     for row, (ids, J, workings) in enumerate(
         zip(text.ids, text.positions, text.workings, strict=True)
     ):
+        ids, J, workings = ids.to(device), J.to(device), workings.to(device)
         generator, forced, states = torch.Generator().manual_seed(row), {}, {}
-        forced["pause"] = workings.new_full((len(J), once.config.thought_length), model.start_id)
+        forced["pause"] = workings.new_full((len(J), thinker.config.thought_length), model.start_id)
         for way in dict.fromkeys(way for way, _ in plan.values()):
             seen, given = [], forced.get(way)
-            once.mixing_weight = lambda *h, seen=seen: seen.append(h) or model.mixing_weight(*h)
+            thinker.mixing_weight = lambda *h, seen=seen: seen.append(h) or model.mixing_weight(*h)
             given, heat = None if given is None else given[None, None], float(way == "sampled")
-            output = once(ids[None], given, J, temperature=heat, generator=generator)
+            output = thinker(ids[None], given, J, temperature=heat, generator=generator)
             [(h_init, h_thought)] = seen  # [1, 1, J, 1, D] each
             thoughts, weight = output.thought_ids[0, 0], output.weight[0, 0, 0]  # [J, K], [J]
             states[way] = h_init[0, 0, :, 0], h_thought[0, 0, :, 0], weight, thoughts
             if way == "greedy":
-                begins, order = workings[:, 0] >= 0, torch.arange(len(J))
+                begins, order = workings[:, 0] >= 0, torch.arange(len(J), device=device)
                 for group in (order[begins], order[~begins]):
                     order[group] = group.roll(len(group) // 2)
                 forced["true"] = workings.where(workings >= 0, thoughts)
@@ -375,7 +385,7 @@ def report(look: dict, arms: dict[str, list[dict]], text: HeldOut, tokenizer) ->
 # -------------------------------------------------------------------------------- the experiment
 
 
-def measure(folder: Path, path: Path, plan: Plan, text: HeldOut, dtype: str) -> dict:
+def measure(folder: Path, path: Path, plan: Plan, text: HeldOut, device, dtype: str) -> dict:
     """predict_all of the model in a folder, kept in a JSON file.
 
     A plain model thinks in asides: start and end are the em dash.
@@ -388,7 +398,7 @@ def measure(folder: Path, path: Path, plan: Plan, text: HeldOut, dtype: str) -> 
     }
 
     def predict() -> dict:
-        model, tokenizer = load(folder, text.ids.device, DTYPES[dtype])
+        model, tokenizer = load(folder, device, DTYPES[dtype])
         if not isinstance(model, QuietStar):
             dash = tokenizer.token_id("—")
             config = ThoughtConfig(1, K, 1, init_id=dash, embedding_scale=1.0)
@@ -404,6 +414,10 @@ def run(options: argparse.Namespace) -> None:
     check_range(options, 2, math.inf, "sequences")
     out, device = Path(options.out), pick_device(options.device)
     more, tokenizer = training_options(options.training), load_tokenizer(options.checkpoint)
+    if wrong := [name for name in FIXED if name in more]:
+        raise ValueError(
+            f"--{wrong[0].replace('_', '-')} after -- is set by this tool; leave it out"
+        )
     kept = {name: more[name] for name in ("fast", "dtype", "masters") if name in more}
     study = STUDY | more | {"data": [out / "text"], "checkpoint": options.checkpoint}
     settings, _ = train.make_settings(study)
@@ -411,10 +425,14 @@ def run(options: argparse.Namespace) -> None:
         [take_out(record, where) for where, record in files.read_json_lines(file)]
         for file in (options.data, options.test)
     )
+    for solution in unseen:
+        if encode(solution, tokenizer).ids != tokenizer.encode("".join(solution.texts)):
+            raise ValueError(
+                "the tokenizer merges numbers with other text; give another checkpoint"
+            )
     text = hold_out(unseen, tokenizer, options.sequences, settings.context)
     for seed, (name, share) in enumerate({"teach": TEACHING, "text": SILENT}.items()):
-        if not (out / name / MANIFEST).exists():
-            write_tokens(solutions, tokenizer, share, seed, out / name)
+        write_tokens(solutions, tokenizer, share, seed, out / name)
     teach = TEACH | kept | {"data": [out / "teach"], "checkpoint": options.checkpoint}
     taught = train_language(teach, out / "taught", device)
     arms: dict[str, list[dict]] = {arm: [] for arm in ARMS}
@@ -422,19 +440,21 @@ def run(options: argparse.Namespace) -> None:
         experiment, begins, loss = EXPERIMENTS[arm], taught, plain_loss
         folder = out / f"seed{seed}" / arm
         if arm != "none":
-            loss, run = where_asides_are(experiment.loss), out / f"hear-{THOUGHTS[arm]}"
+            run, heard = out / f"hear-{THOUGHTS[arm]}", EXPERIMENTS[THOUGHTS[arm]].loss
             given = study | HEAR | {"checkpoint": begins}
             same_settings(run / "settings.json", given)
-            heard = EXPERIMENTS[THOUGHTS[arm]].loss
-            train_run(given, run, device, hearing(where_asides_are(heard)))
-            begins = run / "quiet_star"
+            train_run(given, run, device, hearing(where_asides_are(heard, settings.batch_size)))
+            begins, loss = (
+                run / "quiet_star",
+                where_asides_are(experiment.loss, settings.batch_size),
+            )
         given = study | experiment.options | {"checkpoint": begins, "seed": seed}
         same_settings(folder / "settings.json", given)
         train_run(given, folder, device, loss)
         plan = {way: ("greedy", 1.0) if way == "without" else (way, None) for way in WAYS[arm]}
         path = folder.with_suffix(".json")
-        arms[arm].append(measure(folder / "quiet_star", path, plan, text, settings.dtype))
-    look = measure(taught, out / "look.json", LOOK, text, settings.dtype)
+        arms[arm].append(measure(folder / "quiet_star", path, plan, text, device, settings.dtype))
+    look = measure(taught, out / "look.json", LOOK, text, device, settings.dtype)
     written = report(look, arms, text, tokenizer)
     files.write_text(out / "report.md", written)
     print(written, end="")

@@ -8,11 +8,12 @@ import pytest
 import torch
 from commands import refused
 from test_clock import folder  # noqa: F401 - a tiny model with tokens for the dash and the hum
-from tiny import random_ids, tiny_quiet_star
+from tiny import random_ids, tiny_mistral, tiny_quiet_star
 
 import train
+from model import save_mistral
 from support.text import read_tokens
-from support.tokenizer import load_tokenizer
+from support.tokenizer import load_tokenizer, save_byte_tokenizer
 from tools import unsaid
 
 RECORDS = [
@@ -91,11 +92,11 @@ def test_positions_where_an_aside_is_likely():
 def test_the_loss_at_these_positions_has_their_counts(monkeypatch):
     model, ids = tiny_quiet_star(init_id=5), random_ids(1, 30)
     seen = []
-    loss = unsaid.where_asides_are(lambda *batch: seen.append(batch))
+    loss = unsaid.where_asides_are(lambda *batch: seen.append(batch), 5)
     targets, positions = torch.ones_like(ids) > 0, torch.arange(8)
     loss(model, ids, targets, positions, (58, 17), "generator")
     [(_, _, _, chosen, counts, generator)] = seen
-    assert counts == (58, unsaid.STUDY["batch_size"] * 8)
+    assert counts == (58, 40)
     assert torch.equal(chosen, unsaid.likely_asides(model, ids, targets, positions))
     assert generator == "generator"
 
@@ -193,7 +194,7 @@ def test_the_experiment(folder, tmp_path, monkeypatch, capsys):  # noqa: F811
     monkeypatch.setattr(unsaid, "TEACH", unsaid.TEACH | {"steps": 1, "context": 40})
     small = {"steps": 2, "context": 80, "positions": 4, "n_thoughts": 2}
     monkeypatch.setattr(unsaid, "STUDY", unsaid.STUDY | small)
-    monkeypatch.setattr(unsaid, "HEAR", unsaid.HEAR | small | {"steps": 1})
+    monkeypatch.setattr(unsaid, "HEAR", unsaid.HEAR | {"steps": 1, "positions": 3})
     given = ["--checkpoint", str(folder), "--data", str(data), "--test", str(data)]
     given += ["--out", str(tmp_path / "out"), "--sequences", "2", "--seeds", "2"]
     unsaid.main(given)
@@ -206,4 +207,13 @@ def test_the_experiment(folder, tmp_path, monkeypatch, capsys):  # noqa: F811
     monkeypatch.setattr(unsaid, "predict_all", None)
     unsaid.main(given)
     assert (tmp_path / "out" / "report.md").read_text() == report
-    assert "has other settings" in refused(capsys, unsaid.main, [*given, "--", "--lr", "1"])
+    for more, message in (
+        (["--lr", "1"], "has other settings"),
+        (["--micro-batch", "1"], "--micro-batch after -- is set by this tool"),
+    ):
+        assert message in refused(capsys, unsaid.main, [*given, "--", *more])
+    data.write_text("\n".join(lines * 21))
+    assert "teach is of other --data" in refused(capsys, unsaid.main, given)
+    save_byte_tokenizer(folder)
+    save_mistral(tiny_mistral(V=258), folder)
+    assert "' um'" in refused(capsys, unsaid.main, given)
