@@ -16,12 +16,12 @@ For a vote of written chains of thought, see python -m tools.chains.
 
 import argparse
 import copy
+import itertools
 import math
 import re
 import sys
 from dataclasses import replace
 from functools import partial
-from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -272,6 +272,21 @@ def show_text(base: Tensor, talk: Tensor, by: Tensor | None = None, bins: int = 
     return "\n".join(lines)
 
 
+def show_gains(base: Tensor, talk: Tensor) -> str:
+    """The distribution of the change in log p by thoughts, from the nll [targets] of text_nll.
+
+    The sums say which part of the tokens makes the whole gain: with few tokens, it is in the tails.
+    """
+    gain = base - talk
+    bounds = [-math.inf, -2, -1, -0.3, -0.1, -0.01, 0.01, 0.1, 0.3, 1, 2, math.inf]
+    lines = ["change in log p (nats)    tokens         sum (nats)"]
+    for low, high in itertools.pairwise(bounds):
+        inside = gain[(gain >= low) & (gain < high)]
+        share, total = 100 * len(inside) / len(gain), inside.sum()
+        lines.append(f"{low:8.2f} .. {high:5.2f}   {len(inside):9d}  {share:5.1f} %  {total:+9.2f}")
+    return "\n".join(lines)
+
+
 def show_think_above(base: Tensor, talk: Tensor, unsure: Tensor) -> str:
     """Loss and share of tokens with a thought under sample.py --think-above.
 
@@ -301,7 +316,7 @@ def encode_answer(tokenizer: Tokenizer, prompt: str, answer: str) -> tuple[list[
     That is the first token that differs from the prompt's: the two may share a joined token.
     """
     ids, before = (tokenizer.encode(s, bos=tokenizer.adds_bos) for s in (prompt + answer, prompt))
-    same = takewhile(lambda pair: pair[0] == pair[1], zip(ids, before, strict=False))
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ids, before, strict=False))
     return ids, len(list(same))
 
 
@@ -414,7 +429,7 @@ def run(options: argparse.Namespace) -> None:
         context = options.context or 256
         nlls = text_nll(model, ids, mask, context, show=True)
         unsure = text_entropy(model.model, ids, mask, context)
-        print(show_text(*nlls), show_think_above(*nlls, unsure), sep="\n")
+        print(show_text(*nlls), show_gains(*nlls), show_think_above(*nlls, unsure), sep="\n")
 
 
 def main(arguments: list[str] | None = None) -> None:

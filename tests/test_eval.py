@@ -240,6 +240,20 @@ def test_entropy_of_a_bfloat16_model_is_computed_in_float32():
     assert (unsure + (logp.exp() * logp).sum(-1)).abs().max() < 1e-5
 
 
+def test_distribution_of_gains():
+    """Five tokens: changes of -3, 0, 0.009, 0.2 and 2; a bin includes its lower bound."""
+    base = torch.tensor([1.0, 1.0, 1.0, 1.0, 5.0])
+    talk = base - torch.tensor([-3.0, 0.0, 0.009, 0.2, 2.0])
+    head, *lines = evaluation.show_gains(base, talk).splitlines()
+    assert head.startswith("change in log p") and len(lines) == 11
+    found = [(line.split()[0], line.split()[3], line.split()[-1]) for line in lines]
+    assert [row for row in found if row[1] != "0"] == [
+        ("-inf", "1", "-3.00"), ("-0.01", "2", "+0.01"), ("0.10", "1", "+0.20"),
+        ("2.00", "1", "+2.00"),
+    ]  # fmt: skip
+    assert "40.0 %" in lines[5]
+
+
 def test_thinking_above_an_entropy_by_hand():
     """Three of four tokens have an entropy of 1 or more; none has 4."""
     base, talk = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([2.0, 1.0, 1.0, 3.0])
@@ -282,9 +296,10 @@ def test_text_report(folder, tmp_path, capsys):
     evaluation.main(["--model", str(folder), *options])
     lines = capsys.readouterr().out.splitlines()
     assert "perplexity" in lines[0]
-    assert len(lines) == (2 + 5) + (1 + 8)
-    assert lines[8].split()[:2] == ["0.0", "100.0"]
-    assert sum(int(line.split()[3]) for line in lines[2:7]) == int(lines[0].split()[0])
+    assert len(lines) == (2 + 5) + (1 + 11) + (1 + 8)
+    assert lines[20].split()[:2] == ["0.0", "100.0"]
+    for part in (lines[2:7], lines[8:19]):
+        assert sum(int(line.split()[3]) for line in part) == int(lines[0].split()[0])
 
 
 def tokens_read(capsys, folder, text, *options):
