@@ -20,7 +20,7 @@ import statistics
 import textwrap
 import time
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -38,7 +38,7 @@ from support.terminal import execute, make_parser
 from support.text import tokenize
 from support.tokenizer import load_tokenizer
 from thoughts import quiet_star_loss
-from tools import objectives
+from tools import objectives, two
 from tools.plan import work_of
 from tools.prepare import check_workers, start_worker
 
@@ -53,6 +53,7 @@ class Experiment(NamedTuple):
     loss: Callable = train.thought_loss
     model: Callable = train.thinking_model
     begins: str | None = "base"  # the experiment whose model it continues; None: a base model
+    puzzles: Callable = nullcontext  # a context in which it runs: tools/two.py has other puzzles
 
     def tokens(self) -> int:
         """The cost: tokens processed in training with thoughts, at most."""
@@ -71,6 +72,12 @@ def scarce(percent: int, label: str = "", loss=train.thought_loss, **options) ->
     """An experiment in which only this percentage of the asides works, in both stages."""
     options = {"work": percent / 100, **options}
     return Experiment(f"{percent} %{label}", options, loss, begins=f"base-{percent}")
+
+
+def two_digits(A: int) -> Experiment:
+    """An experiment with puzzles whose answer has two tokens."""
+    options = {"n_true": A}
+    return Experiment(f"A = {A}, two digits", options, begins="two-base", puzzles=two.puzzles)
 
 
 RLP = objectives.rlp, objectives.begin_without_mixing
@@ -128,6 +135,8 @@ EXPERIMENTS = {
     "work-10-hot": scarce(10, ", sampling temperature 2", HOT),
     "work-10-policy": scarce(10, ", policy weight 100", policy_weight=100.0),
     "work-10-all": scarce(10, ", negative rewards kept", drop_negative=False),
+    "two-base": Experiment("base model, two digits", begins=None, puzzles=two.puzzles),
+    **{f"two-A{A}": two_digits(A) for A in (1, 2, 3)},
 }
 
 TABLES = {  # title: names of the rows
@@ -142,6 +151,8 @@ TABLES = {  # title: names of the rows
     "Curriculum of decreasing K and A; a row continues the row above (as Fast Quiet-STaR).":
         "K12-A4 K12-8 K12-8-6 K12-8-6-4",
     "True tokens A that score a thought. Paper: A = 2 brings most of the gain.": "A1 full A4",
+    "True tokens A if the answer has two tokens, both to be right (tools/two.py; chance: 11).":
+        "two-base two-A1 two-A2 two-A3",
     "Thoughts per position N, and the baseline. Paper: N = 2 brings most of the gain.":
         "N1 base-baseline N4-base full N4",
     "Choices. Paper: em dash, scale 100 (at lr 1e-6), negatives dropped, all positions (here 16).":
@@ -157,6 +168,7 @@ COLUMNS = {  # of the tables: a row of evaluation.puzzle_table, and one of its s
     "at once": ("answers at once", "right"), "pause": ("pause tokens", "right"),
     "random": ("random thoughts", "right"), "shuffled": ("shuffled thoughts", "right"),
     "sampled": ("sampled thoughts", "right"), "greedy": ("greedy thoughts", "right"),
+    "greedy, once": ("one greedy thought", "right"),
     "aside": ("writes an aside", "right"), "begun": ("writes one, begun right", "right"),
     "log p, sampled": ("sampled thoughts", "logp"), "log p, greedy": ("greedy thoughts", "logp"),
 }  # fmt: skip
@@ -194,7 +206,7 @@ class Job(NamedTuple):
 
     def kind(self) -> tuple[dict, dict]:
         """Options of train.py, and the other properties, as same_settings takes them."""
-        _, options, loss, model, begins = EXPERIMENTS[self.name]
+        _, options, loss, model, begins, _ = EXPERIMENTS[self.name]
         more = {"begins": begins, "loss": loss.__name__, "model": model.__name__}
         return {"seed": self.seed} | options, more
 
@@ -238,10 +250,10 @@ def perform(job: Job) -> Job:
     settings, thoughts = train.make_settings(options)
     make_folder(settings, thoughts, run)
     write_json(path, read_json(path) | more)
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # status lines
+    *_, loss, model_of, _, puzzles = EXPERIMENTS[job.name]
+    with puzzles(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # status lines
         if before := job.chain()[:-1]:
             settings = replace(settings, checkpoint=str(before[-1].model()))
-            *_, loss, model_of, _ = EXPERIMENTS[job.name]
             model = train.train_thoughts(settings, thoughts, run, device, loss, model_of)
         else:
             model = train.train_base(settings, thoughts, run, device)
@@ -277,9 +289,10 @@ def perform_all(jobs: list[Job], workers: int) -> None:
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [f"| {' | '.join(row)} |" for row in (head, *rows)]
-    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
+    """A Markdown table, without columns in which every cell is "-"."""
+    columns = [cells for cells in zip(head, *rows, strict=True) if {*cells[1:]} != {"-"}]
+    lines = [f"| {' | '.join(row)} |" for row in zip(*columns, strict=True)]
+    return "\n".join([lines[0], "|" + "---|" * len(columns), *lines[1:]])
 
 
 def score_cells(tables: list[dict]) -> list[str]:

@@ -318,13 +318,13 @@ def test_tables_by_hand():
     )
     share, logp = "60.0 ± 14.1", "-1.500 ± 0.707"
     label = "full Quiet-STaR (N = 2, K = 6, A = 2)"
-    row = " | ".join([label, "2", "1.00", *[share] * 8, logp, logp])
+    row = " | ".join([label, "2", "1.00", *[share] * 9, logp, logp])
     assert f"| {row} |" in text
     row = " | ".join(
-        ["trained further without thoughts", "1", "0.18", *["100.0"] * 8, *["-0.250"] * 2]
+        ["trained further without thoughts", "1", "0.18", *["100.0"] * 9, *["-0.250"] * 2]
     )
     assert f"| {row} |" in text
-    row = " | ".join(["base model", "1", "-", "25.0", *["-"] * 9])
+    row = " | ".join(["base model", "1", "-", "25.0", *["-"] * 10])
     assert f"| {row} |" in text
     assert "pause tokens in training" not in text  # it has no results
     assert "5 tokens; perplexity 7.389 without thoughts, 4.953 with" in text  # e^2, e^1.6
