@@ -167,10 +167,11 @@ def asides(model: Mistral, puzzles: Puzzles, tokenizer: Tokenizer) -> tuple[floa
 def look_at_puzzles(
     model: Model, tokenizer: Tokenizer, puzzles: Puzzles | None = None
 ) -> tuple[str, bool, dict]:
-    """look for train.train: a status line, whether training can end, and no metrics.
+    """look for train.train: a status line, whether training can end, and metrics.
 
-    Training of a plain model can end if it is able to work but does not: nearly all of its asides
-    hum, and all that are begun right lead to the right answer.
+    It draws no random numbers, so it does not change the training. Training of a plain model can
+    end if it is able to work but does not: nearly all of its asides hum, and all that are begun
+    right lead to the right answer.
     """
     puzzles = puzzles or held_out_puzzles(tokenizer, next(model.parameters()).device, repeats=1)
     if isinstance(model, Mistral):
@@ -180,8 +181,9 @@ def look_at_puzzles(
     prediction = predict_answers(model, puzzles, None)
     asked = tokenizer.decode(puzzles.ids[-1].tolist()).split("\n")[-1]
     thought = tokenizer.spell(prediction.thought_ids[-1].tolist())
-    right = 100 * score(prediction.logits, puzzles).right
-    return f"greedy thoughts {right:3.0f} % right; after {asked} it thinks {thought}", False, {}
+    right = score(prediction.logits, puzzles).right
+    line = f"greedy thoughts {100 * right:3.0f} % right; after {asked} it thinks {thought}"
+    return line, False, {"eval_right": right}
 
 
 def show_puzzles(tables: dict[str, dict[str, Score]]) -> str:

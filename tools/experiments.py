@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import asdict, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -254,7 +255,8 @@ def perform(job: Job) -> Job:
     with puzzles(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # status lines
         if before := job.chain()[:-1]:
             settings = replace(settings, checkpoint=str(before[-1].model()))
-            model = train.train_thoughts(settings, thoughts, run, device, loss, model_of)
+            look = partial(evaluation.look_at_puzzles, tokenizer=load_tokenizer(run))
+            model = train.train_thoughts(settings, thoughts, run, device, loss, model_of, look)
         else:
             model = train.train_base(settings, thoughts, run, device)
         tokenizer = load_tokenizer(run)

@@ -14,6 +14,7 @@ from commands import refused
 from test_train import losses
 from tiny import random_ids, tiny_quiet_star
 
+import eval as evaluation
 import train
 from model import MistralConfig, load_mistral
 from support import corpus, runs
@@ -279,6 +280,20 @@ def test_only_what_has_no_result_is_run(copied, small, monkeypatch):
     assert all(path.read_text() == before[path] for path in results if path != removed)
     assert (out / "tables.md").read_text() == tables
     assert tables.count("| full Quiet-STaR (N = 2, K = 6, A = 2) | 2 | 1.00 |") == 8
+
+
+def test_right_answers_are_logged_and_change_nothing(tmp_path, finished, small, monkeypatch):
+    """A look after every step: the same losses as without, and the share of the final table."""
+    Record = runs.Record
+    monkeypatch.setattr(runs, "Record", lambda *given: Record(*given[:-1], look_every=1))
+    experiments.main(["--out", str(tmp_path), "--seeds", "1", "--only", "full"])
+    looked, whole = (losses(out / "seed0" / "full") for out in (tmp_path, finished))
+    rights = [line.pop("eval_right") for line in looked.values()]
+    assert looked == whole
+    model = load_quiet_star(tmp_path / "seed0" / "full" / "quiet_star")
+    puzzles = evaluation.held_out_puzzles(load_tokenizer(tmp_path / "seed0" / "full"), "cpu", 1)
+    prediction = evaluation.predict_answers(model, puzzles, None)
+    assert len(rights) == 4 and rights[-1] == evaluation.score(prediction.logits, puzzles).right
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS if name not in OWN_MODEL])

@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+from commands import refused
 
 from tools import plot
 from tools.plot import CURVES, draw, read_metrics
@@ -75,7 +76,14 @@ def test_without_matplotlib_it_says_how_to_get_it(tmp_path, capsys, monkeypatch)
     assert "pip install matplotlib" in capsys.readouterr().err
 
 
-NEW = {"eval_init_nll": 2.5, "eval_talk_nll": 2.25, "entropy": 1.5, "rewarded": 0.5, "distinct": 1}
+NEW = {
+    "eval_init_nll": 2.5,
+    "eval_talk_nll": 2.25,
+    "entropy": 1.5,
+    "rewarded": 0.5,
+    "distinct": 1,
+    "eval_right": 0.75,
+}
 
 
 @pytest.mark.parametrize(("more", "panels"), [({}, 3), (NEW, 5)])
@@ -104,6 +112,36 @@ def test_legends_cover_no_curve_and_steps_are_whole_numbers(tmp_path, steps):
         assert all(tick == round(tick) for tick in ax.get_xticks())
         if legend := ax.get_legend():
             assert not any(legend.get_window_extent().overlaps(other.bbox) for other in figure.axes)
+
+
+def test_right_answers_are_those_of_all_seeds(tmp_path):
+    """Mean and standard deviation at steps that both seeds have logged; one seed has no spread."""
+    pytest.importorskip("matplotlib")
+    for seed, name, rights in ((0, "K4", [0.25, 0.5]), (1, "K4", [0.75]), (1, "full", [1.0, 0.5])):
+        folder = tmp_path / f"seed{seed}" / name
+        folder.mkdir(parents=True)
+        write(folder, step(5), *(step(10 * i, eval_right=r) for i, r in enumerate(rights, 1)))
+    right = {name: plot.read_right(tmp_path, name) for name in ("K4", "full")}
+    assert right == {"K4": {10: [25, 75]}, "full": {10: [100], 20: [50]}}
+    [axes] = plot.draw_right(right).axes
+    assert [line.get_xydata().tolist() for line in axes.lines] == [
+        [[10, 50]],
+        [[10, 100], [20, 50]],
+    ]
+    spreads = [bars.get_segments()[0][:, 1] for bars in axes.collections]
+    assert [high - low for low, high in spreads] == pytest.approx([2 * 1250**0.5, 0])
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == [plot.EXPERIMENTS[name].label for name in right]
+    plot.main([str(tmp_path), "--only", "K4", "--out", str(tmp_path / "right.png")])
+    assert (tmp_path / "right.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_right_answers(tmp_path, capsys):
+    (tmp_path / "seed0" / "K4").mkdir(parents=True)
+    write(tmp_path / "seed0" / "K4", step(1))
+    for name, message in (("K4", "no right answers by step of K4"), ("A1", "by step of A1")):
+        options = [str(tmp_path), "--only", name, "--out", str(tmp_path / "right.png")]
+        assert message in refused(capsys, plot.main, options)
 
 
 def test_the_picture_is_written(tmp_path):
