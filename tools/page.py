@@ -15,6 +15,7 @@ import sys
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from string import Template
 from typing import NamedTuple
@@ -175,6 +176,21 @@ def summary(entries: list[tuple[int, Thought]], records: list[Record]) -> str:
     return "\n".join(items) or "<li>none</li>"
 
 
+def distribution(gains: list[float]) -> str:
+    """Rows of an HTML table, one for each colour: bar, tokens, share, sum of gains in nats."""
+    edges, rows = [-math.inf, *(-bound for bound in reversed(BOUNDS)), *BOUNDS, math.inf], []
+    for low, high in pairwise(edges):
+        color = color_class(high if high < 0 else max(low, 0.0))
+        inside = [gain for gain in gains if color_class(gain) == color]
+        share, label = 100 * len(inside) / len(gains), f"{low:+g} .. {high:+g}"
+        label = label.replace("-inf ..", "up to").replace(".. +inf", "or more").replace("-", "−")
+        rows.append(
+            f'<tr><th>{label}</th><td><div{color} style="width: {share:.2f}%"></div></td>'
+            f"<td>{len(inside):,}</td><td>{share:.1f} %</td><td>{signed(sum(inside))}</td></tr>"
+        )
+    return "\n".join(rows)
+
+
 def figures(records: list[Record], heard: bool) -> dict[str, str]:
     """Numbers over all tokens. Raises ValueError if no token has a thought."""
     gains = [gain for record in records if (gain := record.mean_gain()) is not None]
@@ -190,6 +206,7 @@ def figures(records: list[Record], heard: bool) -> dict[str, str]:
         "change": shown if heard else "none: all w = 1, so thoughts are not heard yet",
         "raised": f"{100 * colors.count('raised') / len(gains):.1f}",
         "lowered": f"{100 * colors.count('lowered') / len(gains):.1f}",
+        "distribution": distribution(gains),
     }
 
 

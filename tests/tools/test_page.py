@@ -147,6 +147,29 @@ def test_figures_by_hand():
         draw([LAST])
 
 
+def test_distribution_by_hand():
+    """A row for each colour: tokens with it, their share, the sum of their gains."""
+    gains = (-1.0, -0.5, 0.0, 1 / 64, -1 / 128, 0.125, 1.5, 2.0)
+    drawn = draw([*(record(str(gain), gain) for gain in gains), LAST])
+    table = re.search(r"<table>(.*?)</table>", drawn, re.DOTALL)[1].split("\n")[2:-1]
+    rows = [[cell for cell in re.split("<[^<]*>", row) if cell] for row in table]
+    assert rows == [
+        ["up to −1", "1", "12.5 %", "−1.000"],
+        ["−1 .. −0.3", "1", "12.5 %", "−0.500"],
+        ["−0.3 .. −0.1", "0", "0.0 %", "+0.000"],
+        ["−0.1 .. −0.03", "0", "0.0 %", "+0.000"],
+        ["−0.03 .. +0.03", "3", "37.5 %", "+0.008"],
+        ["+0.03 .. +0.1", "0", "0.0 %", "+0.000"],
+        ["+0.1 .. +0.3", "1", "12.5 %", "+0.125"],
+        ["+0.3 .. +1", "0", "0.0 %", "+0.000"],
+        ["+1 or more", "2", "25.0 %", "+3.500"],
+    ]
+    colors = [f"lowered{n}" for n in (4, 3, 2, 1)] + [None] + [f"raised{n}" for n in (1, 2, 3, 4)]
+    for row, color, share in zip(table, colors, [r[2] for r in rows], strict=True):
+        bar = re.search(r'<div(?: class="(\w+)")? style="width: (\d+\.\d)\d%">', row)
+        assert (bar[1], f"{bar[2]} %") == (color, share)
+
+
 # ---------------------------------------------------------------------------------------- the page
 
 
