@@ -182,6 +182,8 @@ def test_held_out_sequences(folder):  # noqa: F811
             assert (after in (2, 3, 7)) == (result >= 0)
             said = tokenizer.decode(aside.tolist()) if aside[0] >= 0 else None
             assert said == ("48/2 um um um um" if after == 2 else None)
+    begins = unsaid.hold_out([SOLUTION] * 20, tokenizer, 2, 42)  # the second row, with a result
+    assert begins.positions.min() >= 0
     with pytest.raises(ValueError, match="--test has 200 tokens, but 3 sequences need 240"):
         unsaid.hold_out([SOLUTION] * 20, tokenizer, 3, 80)
 
@@ -202,6 +204,7 @@ def test_the_experiment(folder, tmp_path, monkeypatch, capsys):  # noqa: F811
     for label in unsaid.LABELS.values():
         assert f"| {label} |" in report
     assert report.count("thought '") == 3  # results of two sequences
+    assert "day 3, ' -> '1,000.50'" in report
     hear = json.loads((tmp_path / "out/hear-full/metrics.jsonl").read_text().splitlines()[0])
     assert hear["weight"] == 1
     monkeypatch.setattr(unsaid, "predict_all", None)
