@@ -17,6 +17,7 @@ import json
 import math
 import sys
 import textwrap
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -81,15 +82,19 @@ def split_text(files: list[str]) -> tuple[list[str], list[str]]:
     return known, held_out
 
 
-def training_options(arguments: list[str]) -> dict:
-    """Options of train.py for make_settings. Raises ValueError for one that the tool sets."""
+def training_options(arguments: list[str], fixed: Iterable[str] = ()) -> dict:
+    """Options of train.py for make_settings. Raises ValueError for one that the tool sets.
+
+    The tool sets checkpoint, data, seed, and the options in `fixed`.
+    """
     parser = make_parser(None)
     parser.add_argument("--preset", choices=train.PRESETS, default=argparse.SUPPRESS)
     add_settings(parser, train.Settings, {})
     add_settings(parser, ThoughtConfig, {})
     given = vars(parser.parse_args(arguments))
-    for name in {"checkpoint", "data", "seed"} & {*given}:
-        raise ValueError(f"--{name} after -- is set by this tool; leave it out")
+    for name in {"checkpoint", "data", "seed", *fixed} & {*given}:
+        option = name.replace("_", "-")
+        raise ValueError(f"--{option} after -- is set by this tool; leave it out")
     return train.PRESETS.get(given.pop("preset", None), {}) | given
 
 

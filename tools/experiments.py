@@ -207,9 +207,9 @@ class Job(NamedTuple):
 
     def kind(self) -> tuple[dict, dict]:
         """Options of train.py, and the other properties, as same_settings takes them."""
-        _, options, loss, model, begins, _ = EXPERIMENTS[self.name]
-        more = {"begins": begins, "loss": loss.__name__, "model": model.__name__}
-        return {"seed": self.seed} | options, more
+        made = EXPERIMENTS[self.name]
+        functions = {"loss": made.loss.__name__, "model": made.model.__name__}
+        return {"seed": self.seed} | made.options, {"begins": made.begins} | functions
 
     def finished(self) -> bool:
         """Whether it has a result. Raises ValueError if that is of another experiment."""
@@ -226,7 +226,11 @@ class Job(NamedTuple):
 
 
 def train_run(options: dict, run: Path, device: torch.device, loss: Callable, look=None):
-    """Train with options of train.py in the folder of a run, or continue it. Returns the model."""
+    """Train with options of train.py in the folder of a run, or continue it. Returns the model.
+
+    Raises ValueError if the run has other options.
+    """
+    same_settings(run / "settings.json", options)
     print(f"run {run} on {device}")
     return train.train_thoughts(*train.make_settings(options), run, device, loss, look=look)
 
@@ -251,12 +255,13 @@ def perform(job: Job) -> Job:
     settings, thoughts = train.make_settings(options)
     make_folder(settings, thoughts, run)
     write_json(path, read_json(path) | more)
-    *_, loss, model_of, _, puzzles = EXPERIMENTS[job.name]
-    with puzzles(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # status lines
+    made, silent = EXPERIMENTS[job.name], io.StringIO()  # for status lines
+    with made.puzzles(), redirect_stdout(silent), redirect_stderr(silent):
         if before := job.chain()[:-1]:
             settings = replace(settings, checkpoint=str(before[-1].model()))
             look = partial(evaluation.look_at_puzzles, tokenizer=load_tokenizer(run))
-            model = train.train_thoughts(settings, thoughts, run, device, loss, model_of, look)
+            given = settings, thoughts, run, device, made.loss, made.model, look
+            model = train.train_thoughts(*given)
         else:
             model = train.train_base(settings, thoughts, run, device)
         tokenizer = load_tokenizer(run)

@@ -36,8 +36,7 @@ from support.text import MANIFEST, text_of
 from support.tokenizer import load_tokenizer
 from thoughts import QuietStar, ThoughtConfig, mix, token_logits, token_logp, valid_targets
 from tools.compare import difference_row, training_options
-from tools.experiments import EXPERIMENTS, markdown, once, same_settings, train_language, train_run
-from tools.objectives import plain_loss
+from tools.experiments import EXPERIMENTS, markdown, once, train_language, train_run
 
 K = 8  # tokens of an aside, and of a thought
 HUM = " um"
@@ -53,7 +52,7 @@ HEAR = {  # differences from them while only the mixing head learns
     "steps": 40, "positions": 16, "lr": 0.0, "mixing_lr": 2e-4, "cooldown": 0.3,
     "policy_weight": 0.0,
 }  # fmt: skip
-FIXED = ("micro_batch", "thought_length")  # options that cannot be given
+ARMS = ("full", "policy0", "none", "pause")  # the four ways, of EXPERIMENTS
 TEACHING, SILENT = 0.5, 0.1  # shares of the results that have an aside
 SHOWN = 20  # thoughts in the report
 RESULT = re.compile(r"[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?")
@@ -196,10 +195,15 @@ class HeldOut(NamedTuple):
 
 
 def hold_out(solutions: list[Solution], tokenizer, count: int, T: int) -> HeldOut:
-    """`count` sequences of T tokens; J is T // 10."""
+    """`count` sequences of T tokens; J is T // 10.
+
+    Raises ValueError if there are less tokens, or if a number is merged with the text before it.
+    """
     rng, stream, of, aside_at = np.random.default_rng(0), [], {}, {}
     for solution in solutions:
         ids, results, workings = encode(solution, tokenizer)
+        if ids != tokenizer.encode("".join(solution.texts), bos=tokenizer.adds_bos):
+            raise ValueError("the tokenizer merges numbers with other text; use another checkpoint")
         for where, aside in zip(results, workings, strict=True):
             of |= dict.fromkeys((len(stream) + i for i in where), len(of))
             aside_at[len(stream) + where[0]] = aside
@@ -262,17 +266,29 @@ def predict_all(model: QuietStar, text: HeldOut, plan: Plan) -> dict[str, dict[s
             found[name]["hit"].append((logits.argmax(-1) == true).tolist())
             found[name]["weight"].append(weight.tolist())
             found[name]["thoughts"].append(thoughts.tolist())
-        show_status(
-            f"held-out text: {row + 1} of {len(text.ids)} sequences",
-            row + 1,
-            len(text.ids),
-            sys.stderr,
-        )
+        done, total = row + 1, len(text.ids)
+        show_status(f"held-out text: {done} of {total} sequences", done, total, sys.stderr)
     return found
 
 
 # ------------------------------------------------------------------------------------ the report
 
+LABELS = {
+    ("none", "without"): "trained without thoughts",
+    ("pause", "without"): "pause tokens, not used",
+    ("pause", "pause"): "pause tokens",
+    ("policy0", "without"): "no REINFORCE, no thoughts",
+    ("policy0", "greedy"): "no REINFORCE, greedy thoughts",
+    ("policy0", "shuffled"): "no REINFORCE, thoughts of other positions",
+    ("full", "without"): "Quiet-STaR, no thoughts",
+    ("full", "greedy"): "Quiet-STaR, greedy thoughts",
+    ("full", "shuffled"): "Quiet-STaR, thoughts of other positions",
+}
+LOOK: Plan = {"at once": ("greedy", 1.0)} | {
+    f"{way} aside, w = {w}": (way, w)
+    for way in ("greedy", "sampled", "true")
+    for w in (0.9, 0.7, 0.5, 0.0)
+}  # fmt: skip
 COLUMNS = {
     "first": "first token of a result",
     "result": "tokens of results",
@@ -328,28 +344,6 @@ def show_thoughts(found: dict, text: HeldOut, tokenizer) -> str:
     return "\n".join(lines)
 
 
-WAYS = {"none": ("without",), "pause": ("without", "pause")}
-WAYS |= dict.fromkeys(("policy0", "full"), ("without", "greedy", "shuffled"))
-THOUGHTS = {"full": "full", "policy0": "full", "pause": "pause"}  # while the head learns to hear
-ARMS = ["full", "policy0", "none", "pause"]  # of EXPERIMENTS
-LABELS = {
-    ("none", "without"): "trained without thoughts",
-    ("pause", "without"): "pause tokens, not used",
-    ("pause", "pause"): "pause tokens",
-    ("policy0", "without"): "no REINFORCE, no thoughts",
-    ("policy0", "greedy"): "no REINFORCE, greedy thoughts",
-    ("policy0", "shuffled"): "no REINFORCE, thoughts of other positions",
-    ("full", "without"): "Quiet-STaR, no thoughts",
-    ("full", "greedy"): "Quiet-STaR, greedy thoughts",
-    ("full", "shuffled"): "Quiet-STaR, thoughts of other positions",
-}
-LOOK: Plan = {"at once": ("greedy", 1.0)} | {
-    f"{way} aside, w = {w}": (way, w)
-    for way in ("greedy", "sampled", "true")
-    for w in (0.9, 0.7, 0.5, 0.0)
-}  # fmt: skip
-
-
 def report(look: dict, arms: dict[str, list[dict]], text: HeldOut, tokenizer) -> str:
     """The report as Markdown. look: of the taught model, arms: of every seed, from predict_all."""
     head = ["", *COLUMNS.values(), "w, results", "w, others"]
@@ -362,9 +356,12 @@ def report(look: dict, arms: dict[str, list[dict]], text: HeldOut, tokenizer) ->
         "After training (means over seeds):",
         markdown(head, [score_row(LABELS[key], x, text) for key, x in found.items()]),
     ]
-    full = ("full", "greedy")
+    full, groups = (
+        ("full", "greedy"),
+        {key: [values(y, text) for y in x] for key, x in found.items()},
+    )
     for group, sign in (("result", 1), ("other", 1), ("right", -1)):
-        of = {key: sign * np.array([values(y, text)[group] for y in x]) for key, x in found.items()}
+        of = {key: sign * np.array([x[group] for x in groups[key]]) for key in groups}
         rows = [
             difference_row(f"against {LABELS[key]}", of[full], of[key])
             for key in of
@@ -413,11 +410,8 @@ def run(options: argparse.Namespace) -> None:
     check_range(options, 1, math.inf, "seeds")
     check_range(options, 2, math.inf, "sequences")
     out, device = Path(options.out), pick_device(options.device)
-    more, tokenizer = training_options(options.training), load_tokenizer(options.checkpoint)
-    if wrong := [name for name in FIXED if name in more]:
-        raise ValueError(
-            f"--{wrong[0].replace('_', '-')} after -- is set by this tool; leave it out"
-        )
+    more = training_options(options.training, ["micro_batch", "thought_length"])
+    tokenizer = load_tokenizer(options.checkpoint)
     kept = {name: more[name] for name in ("fast", "dtype", "masters") if name in more}
     study = STUDY | more | {"data": [out / "text"], "checkpoint": options.checkpoint}
     settings, _ = train.make_settings(study)
@@ -425,11 +419,6 @@ def run(options: argparse.Namespace) -> None:
         [take_out(record, where) for where, record in files.read_json_lines(file)]
         for file in (options.data, options.test)
     )
-    for solution in unseen:
-        if encode(solution, tokenizer).ids != tokenizer.encode("".join(solution.texts)):
-            raise ValueError(
-                "the tokenizer merges numbers with other text; give another checkpoint"
-            )
     text = hold_out(unseen, tokenizer, options.sequences, settings.context)
     for seed, (name, share) in enumerate({"teach": TEACHING, "text": SILENT}.items()):
         write_tokens(solutions, tokenizer, share, seed, out / name)
@@ -437,21 +426,18 @@ def run(options: argparse.Namespace) -> None:
     taught = train_language(teach, out / "taught", device)
     arms: dict[str, list[dict]] = {arm: [] for arm in ARMS}
     for seed, arm in product(range(options.seeds), options.only):
-        experiment, begins, loss = EXPERIMENTS[arm], taught, plain_loss
-        folder = out / f"seed{seed}" / arm
+        folder, begins, loss = out / f"seed{seed}" / arm, taught, EXPERIMENTS[arm].loss
         if arm != "none":
-            run, heard = out / f"hear-{THOUGHTS[arm]}", EXPERIMENTS[THOUGHTS[arm]].loss
-            given = study | HEAR | {"checkpoint": begins}
-            same_settings(run / "settings.json", given)
-            train_run(given, run, device, hearing(where_asides_are(heard, settings.batch_size)))
-            begins, loss = (
-                run / "quiet_star",
-                where_asides_are(experiment.loss, settings.batch_size),
-            )
-        given = study | experiment.options | {"checkpoint": begins, "seed": seed}
-        same_settings(folder / "settings.json", given)
+            loss = where_asides_are(loss, settings.batch_size)
+            thoughts = "pause" if arm == "pause" else "full"  # while the head learns to hear
+            listens = where_asides_are(EXPERIMENTS[thoughts].loss, settings.batch_size)
+            given, heard = study | HEAR | {"checkpoint": taught}, out / f"hear-{thoughts}"
+            train_run(given, heard, device, hearing(listens))
+            begins = heard / "quiet_star"
+        given = study | EXPERIMENTS[arm].options | {"checkpoint": begins, "seed": seed}
         train_run(given, folder, device, loss)
-        plan = {way: ("greedy", 1.0) if way == "without" else (way, None) for way in WAYS[arm]}
+        ways = [way for name, way in LABELS if name == arm]
+        plan = {way: ("greedy", 1.0) if way == "without" else (way, None) for way in ways}
         path = folder.with_suffix(".json")
         arms[arm].append(measure(folder / "quiet_star", path, plan, text, device, settings.dtype))
     look = measure(taught, out / "look.json", LOOK, text, device, settings.dtype)

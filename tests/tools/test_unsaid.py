@@ -186,6 +186,13 @@ def test_held_out_sequences(folder):  # noqa: F811
     assert begins.positions.min() >= 0
     with pytest.raises(ValueError, match="--test has 200 tokens, but 3 sequences need 240"):
         unsaid.hold_out([SOLUTION] * 20, tokenizer, 3, 80)
+    merging = SOLUTION._replace(texts=["a 2", *SOLUTION.texts[1:]])
+    tokenizer.adds_bos, tokenizer.bos_id = True, 0
+    assert unsaid.hold_out([SOLUTION] * 20, tokenizer, 2, 80).ids[0, 0] == 0
+    encode = tokenizer.encode  # as if digits were merged
+    tokenizer.encode = lambda text, bos=False: encode(text.replace("224", "x"), bos=bos)
+    with pytest.raises(ValueError, match="merges numbers with other text"):
+        unsaid.hold_out([merging] * 20, tokenizer, 2, 80)
 
 
 def test_the_experiment(folder, tmp_path, monkeypatch, capsys):  # noqa: F811
